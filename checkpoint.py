@@ -1,0 +1,76 @@
+"""Saving and loading: whole files or none, and nothing but tensors, numbers, strings, lists and dicts inside."""
+
+import io
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import UserError
+from model import build
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Write beside `path`, flush to disk, move over it: a reader sees the old file or the new one, never a part.
+
+    Raises UserError, with the old file untouched, if the disk is full or the folder can't be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:  # its folder is what can't be written
+            pass
+        raise UserError(f"{path}: can't be written ({error.strerror}); free some space or choose another out_dir") from None
+
+
+def save(path: Path, contents: dict) -> None:
+    """Save a dict of plain types, so that `torch.load(path, weights_only=True)` opens it again."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path, kind: str) -> dict:
+    """The dict that `save` wrote with `contents["kind"] == kind`, on the CPU; no code inside the file ever runs.
+
+    Raises UserError if the file is missing, damaged, foreign, malicious or of another kind.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; python train.py with the same recipe and out_dir makes it") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a {kind} file") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read") from None
+    except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code
+        raise UserError(f"{path}: is damaged, or holds more than plain tensors and numbers; train again") from None
+    if not isinstance(contents, dict) or contents.get("kind") != kind:
+        raise UserError(f"{path}: is no {kind} file of this project; train again or name another out_dir")
+    return contents
+
+
+def rebuild(contents: dict, path: Path) -> nn.Module:
+    """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
+    try:
+        network = build(contents["architecture"], contents["output_dim"])
+        network.load_state_dict(contents["parameters"])
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: its parameters don't fit the network that it names; train again") from None
+    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise UserError(f"{path}: some of its parameters are not finite; train again")
+    return network.eval()
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}

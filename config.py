@@ -1,0 +1,190 @@
+"""Every setting: its name, type, default, range, unit and meaning; how they are read, merged and refused.
+
+    python SCRIPT.py [recipe=NAME] [key=value ...]
+
+The command line wins over `recipes/NAME.json`, which wins over `config.json`, which wins over the defaults below.
+Nothing here needs torch, so that a wrong setting is refused before anything slow is imported.
+"""
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+ROOT = Path(__file__).resolve().parent  # relative paths in settings start here, not in the current folder
+
+AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
+    "hflip": (0.5, 1, "probability of mirroring left to right"),
+    "shift": (2, 14, "pixels, at most, in each direction"),
+}
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its text is one line: what is wrong, where, and what to do."""
+
+
+class Settings(BaseModel):
+    """What every script knows. A script with settings of its own (`resume`, `index`, ...) adds them in a subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    recipe: str = Field("", description="take the settings of recipes/NAME.json; empty = Task 1, as config.json has it")
+    data_dir: str = Field("data", min_length=1, description="folder that has, or will have, FashionMNIST/raw/")
+    out_dir: str = Field("", description="folder for all that a run writes; empty = . for Task 1, runs/NAME for a recipe")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the split, the initial parameters, the order and the augmentation")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the network runs; auto = a GPU if any")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the network's arithmetic; auto = training in bfloat16 where the device has units for it"
+    )
+    batch_size: int = Field(128, ge=1, le=60_000, description="images a training step")
+    limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
+
+    architecture: Literal["cnn"] = Field("cnn", description="the network, as model.py names it")
+    output_dim: Literal[2, 10] = Field(2, description="classes: 2 = clothes or shoe, 10 = the garments")
+    valid_ratio: float = Field(0.1, gt=0, lt=1, description="share of the training images kept for validation")
+    epochs: int = Field(8, ge=1, le=100_000, description="passes over the training images (see hard_share)")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has Nesterov momentum 0.9")
+    lr: float = Field(0.015, gt=0, description="peak of the schedule, per step")
+    weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")
+    schedule: Literal["none", "cosine", "one_cycle", "plateau"] = Field(
+        "one_cycle",
+        description="none = constant; cosine and one_cycle = warm-up, then down to 0 along a cosine or a line; "
+        "plateau = a tenth whenever the validation loss has not improved for 4 epochs",
+    )
+    warmup: float = Field(0.25, ge=0, lt=1, description="share of all steps in which cosine and one_cycle rise linearly")
+    augment: str = Field(
+        "",
+        description="list of name or name:strength, e.g. hflip:0.5,shift:2; "
+        + "; ".join(f"{name}: {unit}, 0 to {top}, default {default}" for name, (default, top, unit) in AUGMENTATIONS.items()),
+    )
+    auxiliary: float = Field(
+        0.0, ge=0, description="weight of a second loss on the ten garments, from a head that is thrown away; 0 = none"
+    )
+    hard_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the training images that each epoch after the first visits: "
+        "half those with the highest loss so far, half at random; 1 = all",
+    )
+    patience: int = Field(0, ge=0, description="stop after N epochs without a lower validation loss; 0 = never")
+
+    @field_validator("augment")
+    @classmethod
+    def _known_augmentations(cls, text: str) -> str:
+        parse_augment(text)
+        return text
+
+    @property
+    def out_path(self) -> Path:
+        folder = self.out_dir or (f"runs/{self.recipe}" if self.recipe else ".")
+        return ROOT / Path(folder).expanduser()
+
+    @property
+    def data_path(self) -> Path:
+        return ROOT / Path(self.data_dir).expanduser()
+
+
+def parse_augment(text: str) -> dict[str, float]:
+    """`"hflip:0.5,shift:2"` -> `{"hflip": 0.5, "shift": 2.0}`. Raises ValueError on an unknown name or strength."""
+    strengths = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, strength = item.partition(":")
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"{name!r} is no augmentation; known: {', '.join(AUGMENTATIONS)}")
+        default, top, _ = AUGMENTATIONS[name]
+        try:
+            strengths[name] = float(strength or default)
+        except ValueError:
+            raise ValueError(f"the strength of {name} is {strength!r}, which is no number") from None
+        if not 0 <= strengths[name] <= top:
+            raise ValueError(f"the strength of {name} is {strength}; allowed: 0 to {top}")
+    return strengths
+
+
+def load_settings(arguments: list[str], settings_type: type[Settings] = Settings) -> Settings:
+    """Merge `config.json`, the recipe and the command line's `key=value` words into checked settings.
+
+    Raises UserError, naming the key, what was given, what is allowed and the nearest valid name.
+    `help` prints every setting and exits with 0.
+    """
+    if {"help", "-h", "--help"} & set(arguments):
+        print(describe(settings_type))
+        raise SystemExit(0)
+    given = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not understood; settings are written key=value, and help lists them")
+        given[key] = value
+    merged = _read_json(ROOT / "config.json")
+    if given.get("recipe"):
+        recipes = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.json"))}
+        if given["recipe"] not in recipes:
+            raise UserError(f"recipe={given['recipe']}: there is no such recipe; known: {', '.join(recipes) or 'none yet'}")
+        merged |= _read_json(recipes[given["recipe"]])
+    merged |= {key: _typed(settings_type, key, value) for key, value in given.items()}
+    try:
+        return settings_type(**merged)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], settings_type)) from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected an object of settings, found a {type(settings).__name__}")
+    return settings
+
+
+def _typed(settings_type: type[Settings], key: str, text: str) -> object:
+    """The text as the setting's declared type where it reads as one, else unchanged, for pydantic to refuse."""
+    field = settings_type.model_fields.get(key)
+    if field is None or isinstance(field.default, str):
+        return text
+    if isinstance(field.default, bool):
+        return {"true": True, "false": False}.get(text, text)
+    try:
+        return int(text) if isinstance(field.default, int) else float(text)
+    except ValueError:
+        return text
+
+
+def _explain(problem: dict, settings_type: type[Settings]) -> str:
+    key, given = str(problem["loc"][0]), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, settings_type.model_fields, n=1, cutoff=0)[0]
+        return f"{key}={given}: there is no setting {key!r}; the nearest is {near!r}, and help lists all"
+    reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
+
+
+def describe(settings_type: type[Settings]) -> str:
+    """Every setting with its type, its value in Task 1 and its meaning, for `help`."""
+    shipped = _read_json(ROOT / "config.json")
+    lines = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]", ""]
+    for key, field in settings_type.model_fields.items():
+        kind = getattr(field.annotation, "__name__", "")
+        if kind == "Literal":
+            kind = "|".join(map(str, field.annotation.__args__))
+        lines.append(f"{key}={shipped.get(key, field.default)}  ({kind})\n    {field.description}")
+    return "\n".join(lines)
+
+
+def run_script(main, arguments: list[str] | None = None) -> None:
+    """Call `main(arguments)` and turn what the user can mend into one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

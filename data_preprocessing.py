@@ -1,0 +1,258 @@
+"""Fashion-MNIST: find, fetch, verify and read the four IDX files; labels, split, normalisation, augmentation, batches.
+
+The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; a batch becomes floating point, on the
+device, only when the network asks for it. Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from config import UserError, parse_augment
+
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SHOES = (5, 7, 9)  # the garments that are shoes
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
+
+# name -> (dimensions, SHA-256 of the decompressed file); images and labels of a split have the same count
+IDX_FILES = {
+    "train-images-idx3-ubyte": ((60_000, 28, 28), "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+    "train-labels-idx1-ubyte": ((60_000,), "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    "t10k-images-idx3-ubyte": ((10_000, 28, 28), "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+    "t10k-labels-idx1-ubyte": ((10_000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, uint8 `(N, 1, 28, 28)`, and garments, int64 `(N,)` in 0..9, of `split`, which is "train" or "t10k".
+
+    Looks in `data_path`/FashionMNIST/raw, then in Debian's folder, then downloads, and uses a file only if its
+    decompressed contents have the known digest. Raises UserError where no source gives it.
+    """
+    images_name, labels_name = (name for name in IDX_FILES if name.startswith(split))
+    images = read_idx(find_idx(images_name, data_path), IDX_FILES[images_name][0], images_name)
+    labels = read_idx(find_idx(labels_name, data_path), IDX_FILES[labels_name][0], labels_name)
+    return images.unsqueeze(1), labels.long()  # (N, 28, 28) -> (N, 1, 28, 28)
+
+
+def find_idx(name: str, data_path: Path) -> bytearray:
+    """The verified, decompressed contents of one IDX file, from the first source that has it whole."""
+    raw = data_path / "FashionMNIST" / "raw"
+    contents = _read_verified(name, raw) or _read_verified(name, DEBIAN_FOLDER)
+    if contents:
+        return contents
+    reasons = []
+    for source, fetch in (("torchvision's download", _fetch_with_torchvision), ("Debian's archive", _fetch_with_apt)):
+        print(f"{name}: not in {raw}; trying {source} ...", file=sys.stderr)
+        with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as folder:
+            try:
+                fetched = fetch(Path(folder))
+            except Exception as error:  # whatever a downloader raises, the next source is tried and the reason kept
+                reasons.append(f"{source}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+                continue
+            contents = _read_verified(name, fetched)
+            if contents:
+                _keep(fetched, raw)
+                return contents
+            reasons.append(f"{source}: the file that came is damaged")
+    raise UserError(
+        f"{name} was not found: put the four Fashion-MNIST files, gzipped or not, into {raw}, "
+        f"or set data_dir=FOLDER ({'; '.join(reasons)})"
+    )
+
+
+def _read_verified(name: str, folder: Path) -> bytearray | None:
+    """Decompressed contents of `folder/name` or `folder/name.gz`; None, with a line on stderr, if none is intact."""
+    dimensions, digest = IDX_FILES[name]
+    size = 4 + 4 * len(dimensions) + math.prod(dimensions)  # bytes: magic number, dimensions, one byte an element
+    for path in (folder / name, folder / f"{name}.gz"):
+        try:
+            with path.open("rb") as file:
+                contents = file.read(size + 1)  # never more, whatever the file's length
+            if path.suffix == ".gz":
+                contents = zlib.decompressobj(wbits=31).decompress(contents, size + 1)
+        except FileNotFoundError:
+            continue
+        except (OSError, zlib.error) as error:
+            print(f"{path}: not used, it can't be read ({error})", file=sys.stderr)
+            continue
+        if hashlib.sha256(contents).hexdigest() == digest:
+            return bytearray(contents)  # writable, so that torch can share its memory
+        print(f"{path}: not used, it is damaged (SHA-256 of the contents differs from the published files')", file=sys.stderr)
+    return None
+
+
+def _fetch_with_torchvision(folder: Path) -> Path:
+    """Download all four files from the data set's own server; the folder that has them."""
+    import contextlib
+    import socket
+
+    from torchvision.datasets import FashionMNIST
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without an answer; torchvision itself would wait for ever
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            FashionMNIST(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+    return folder / "FashionMNIST" / "raw"
+
+
+def _fetch_with_apt(folder: Path) -> Path:
+    """Download and unpack Debian's package with state folders of our own: no root, no change to the system."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise UserError("there is no apt-get here")
+    (folder / "lists" / "partial").mkdir(parents=True)
+    (folder / "cache" / "archives" / "partial").mkdir(parents=True)
+    apt = ["apt-get", "-qq", "-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
+    apt += ["-o", "APT::Sandbox::User="]  # as root, apt would otherwise hand over to a user who can't write here
+    for command in ([*apt, "update"], [*apt, "download", "dataset-fashion-mnist"]):
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        if ended.returncode:
+            raise UserError(f"{' '.join(command[-2:])} failed: {ended.stderr}")
+    subprocess.run(["dpkg-deb", "-x", str(next(folder.glob("*.deb"))), str(folder / "x")], check=True, timeout=60)
+    return folder / "x" / DEBIAN_FOLDER.relative_to("/")
+
+
+def _keep(fetched: Path, raw: Path) -> None:
+    """Move the fetched gzip files into `raw`; a file of that name, damaged as it must be, stays as NAME.damaged."""
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in IDX_FILES:
+            target = raw / f"{name}.gz"
+            if target.exists() and _read_verified(name, raw) is None:
+                os.replace(target, f"{target}.damaged")
+            if not target.exists():
+                shutil.copyfile(fetched / target.name, f"{target}.part")
+                os.replace(f"{target}.part", target)
+    except OSError as error:
+        print(f"{raw}: the files can't be kept there and will be fetched again next time ({error})", file=sys.stderr)
+
+
+def read_idx(contents: bytes | bytearray, dimensions: tuple[int, ...], name: str) -> torch.Tensor:
+    """The uint8 tensor in an IDX file's decompressed contents; shares their memory if they are a bytearray.
+
+    The format: two zero bytes, the element type (8 = unsigned byte), the number of dimensions, each dimension as a
+    big-endian 32-bit count, the elements. Raises UserError if it is not exactly an array of `dimensions`.
+    """
+    magic = (8 << 8) + len(dimensions)  # 2051 for images, 2049 for labels
+    if len(contents) < 4 + 4 * len(dimensions):
+        raise UserError(f"{name}: {len(contents)} bytes are too few for an IDX header; get the file again")
+    words = [int.from_bytes(contents[i : i + 4], "big") for i in range(0, 4 + 4 * len(dimensions), 4)]
+    if words[0] != magic:
+        raise UserError(f"{name}: the IDX magic number is {words[0]}, expected {magic}; is it another file?")
+    if tuple(words[1:]) != dimensions:
+        raise UserError(f"{name}: the IDX header says {tuple(words[1:])}, expected {dimensions}; is it another file?")
+    elements = torch.frombuffer(contents, dtype=torch.uint8)[4 * len(words) :]
+    if len(elements) != math.prod(dimensions):
+        raise UserError(f"{name}: {len(elements)} elements follow the header, expected {math.prod(dimensions)}; get it again")
+    return elements.view(dimensions)
+
+
+# ---- labels and split ------------------------------------------------------------------------------------------------
+
+
+def class_names(output_dim: int) -> tuple[str, ...]:
+    return {2: ("clothes", "shoe"), 10: GARMENTS}[output_dim]
+
+
+def labels_of(garments: torch.Tensor, output_dim: int) -> torch.Tensor:
+    """Garments 0..9 -> the task's labels, int64: unchanged for ten classes, 1 for a shoe and 0 for the rest for two."""
+    return garments if output_dim == 10 else torch.isin(garments, torch.tensor(SHOES)).long()
+
+
+def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shuffled training indices and sorted validation indices, stratified by garment, the same for the same seed.
+
+    Raises UserError if `valid_ratio` leaves either side without an image of some garment.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    train, valid = [], []
+    for garment in garments.unique():
+        members = torch.nonzero(garments == garment).squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        n_valid = round(valid_ratio * len(members))
+        if not 0 < n_valid < len(members):
+            raise UserError(f"valid_ratio={valid_ratio}: {n_valid} of a class's {len(members)} images would validate")
+        valid.append(members[:n_valid])
+        train.append(members[n_valid:])
+    train = torch.cat(train)
+    return train[torch.randperm(len(train), generator=generator)], torch.cat(valid).sort().values
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all pixels of the uint8 images at `indices`, on the scale where 255 is 1."""
+    total = squares = 0.0
+    for chunk in indices.split(4096):  # 54,000 images at once would take 170 MB in float32
+        pixels = images[chunk].float()
+        total += pixels.sum(dtype=torch.float64).item()
+        squares += pixels.square_().sum(dtype=torch.float64).item()
+    count = images[0].numel() * len(indices)
+    mean = total / count
+    return mean / 255, math.sqrt(squares / count - mean**2) / 255
+
+
+def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """uint8 `(N, 1, 28, 28)` -> float32 with mean 0 and standard deviation 1 over the training set, channels last."""
+    pixels = images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
+    """Each uint8 image changed by chance, as `augmentations` says ("hflip:0.5,shift:2"); whole batches on the device."""
+    for name, strength in parse_augment(augmentations).items():
+        images = {"hflip": _hflip, "shift": _shift}[name](images, strength, generator)
+    return images
+
+
+def _hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    chosen = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
+    return torch.where(chosen, images.flip(-1), images)
+
+
+def _shift(images: torch.Tensor, pixels: float, generator: torch.Generator) -> torch.Tensor:
+    reach = int(pixels)
+    row, column = torch.randint(2 * reach + 1, (2, len(images)), generator=generator, device=images.device)
+    windows = F.pad(images, [reach] * 4).squeeze(1).unfold(1, 28, 1).unfold(2, 28, 1)  # (N, 2r+1, 2r+1, 28, 28), a view
+    return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
+
+
+def epoch_order(
+    train: torch.Tensor, image_losses: torch.Tensor, hard_share: float, generator: torch.Generator
+) -> torch.Tensor:
+    """The training indices that an epoch visits, shuffled: `hard_share` of `train`, half of them those whose last known
+    loss, in `image_losses`, is highest, the other half drawn at random from the rest; all of `train` for 1.
+
+    After one pass almost every image is classified with certainty and has next to no gradient; a batch of them is
+    wasted. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
+    """
+    order = train[torch.randperm(len(train), generator=generator, device=train.device)]
+    if hard_share == 1:
+        return order
+    count = max(2, int(len(train) * hard_share))
+    is_hard = torch.zeros(len(image_losses), dtype=torch.bool, device=train.device)
+    is_hard[train[image_losses[train].topk(count // 2).indices]] = True
+    chosen = torch.cat([order[is_hard[order]], order[~is_hard[order]][: count - count // 2]])
+    return chosen[torch.randperm(len(chosen), generator=generator, device=train.device)]
+
+
+def batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """`order` cut into batches of equal size; a shorter rest is left out, unless it is all there is."""
+    full = len(order) // batch_size * batch_size or len(order)
+    return order[:full].split(batch_size)

@@ -1,0 +1,128 @@
+"""Every picture, drawn from arrays and from the history file. Figures go to files; no display is needed."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from checkpoint import write_atomically
+
+BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_curves(history_path: Path, path: Path) -> None:
+    """Loss (log scale) and error rate of training and validation by epoch, the best epoch marked."""
+    epochs = [json.loads(line) for line in history_path.read_text().splitlines()[1:]]
+    number = [epoch["epoch"] for epoch in epochs]
+    best = min(epochs, key=lambda epoch: epoch["valid_loss"])
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for part, colour, label in (("train", ORANGE, "training"), ("valid", BLUE, "validation")):
+        loss.plot(number, [epoch[f"{part}_loss"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
+        accuracy.plot(number, [epoch[f"{part}_accuracy"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
+    loss.set(yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
+    accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    for axes in (loss, accuracy):
+        axes.axvline(best["epoch"], color="0.7", linestyle=":", label=f"best (epoch {best['epoch']})")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """Counts `(C, C)`, true classes in rows, shaded by their share of the row."""
+    size = len(class_names)
+    figure = Figure(figsize=(2.2 + 0.62 * size, 1.8 + 0.56 * size), layout="constrained")
+    axes = figure.subplots()
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row in range(size):
+        for column in range(size):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=9)
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if size > 2 else {}
+    axes.set_xticks(range(size), class_names, **turned)
+    axes.set_yticks(range(size), class_names)
+    axes.set(xlabel="predicted", ylabel="true")
+    wrong = int(confusion.sum() - np.trace(confusion))
+    axes.set_title(f"{confusion.sum():,} test images, {wrong:,} wrong", fontsize=10)
+    _save(figure, path)
+
+
+def draw_mistakes(
+    images: np.ndarray,
+    indices: Sequence[int],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    probabilities: Sequence[float],
+    path: Path,
+) -> None:
+    """Every wrongly classified image `(M, 28, 28)` with its index, true and predicted class and that one's probability."""
+    columns = min(max(len(images), 1), 8 if len(images) <= 64 else 20)
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(max(1.5 * columns, 4), 1.95 * rows + 0.5), layout="constrained")
+    figure.suptitle(f"Every mistake: {len(images)}", fontsize=11)
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.axis("off")
+    for axes, image, index, is_, seems, probability in zip(grid.flat, images, indices, true, predicted, probabilities):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"test {index}\n{is_}\ntaken for {seems}\n{probability:.1%}", fontsize=7.5)
+    _save(figure, path)
+
+
+def draw_predictions(
+    originals: Sequence[np.ndarray],
+    views: np.ndarray,
+    titles: Sequence[str],
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    true: Sequence[int | None],
+    path: Path,
+) -> None:
+    """A row per sample: the original, the 28x28 image that the network sees, and the probability of each class.
+
+    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(M, 28, 28)`, `probabilities` `(M, C)` in
+    0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
+    """
+    rows, height = len(views), max(2.4, 0.6 + 0.27 * len(class_names))
+    figure = Figure(figsize=(8.5, height * rows), layout="constrained")
+    for (before, seen, bars), original, view, title, probability, truth in zip(
+        figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1, 1.3)), originals, views, titles, probabilities, true
+    ):
+        before.imshow(original, cmap="gray", vmin=0, vmax=255)
+        before.set_title(title, fontsize=9, parse_math=False)
+        seen.imshow(view, cmap="gray", vmin=0, vmax=255)
+        seen.set_title("as the network sees it", fontsize=9)
+        before.axis("off")
+        seen.axis("off")
+        winner = int(probability.argmax())
+        colours = ["0.75"] * len(class_names)
+        colours[winner] = BLUE if truth is None else RED
+        if truth is not None:
+            colours[truth] = GREEN
+        bars.barh(range(len(class_names)), probability, color=colours)
+        for place, value in enumerate(probability):
+            bars.text(min(value, 0.8) + 0.02, place, f"{value:.1%}", va="center", fontsize=8)
+        bars.set_yticks(range(len(class_names)), class_names)
+        bars.invert_yaxis()
+        bars.set(xlim=(0, 1))
+        bars.xaxis.set_major_formatter(PercentFormatter(1))
+        told = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
+        bars.set_title(told, fontsize=9)
+        bars.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
