@@ -234,22 +234,21 @@ def _shift(images: torch.Tensor, pixels: float, generator: torch.Generator) -> t
 
 
 def epoch_order(
-    train: torch.Tensor, image_losses: torch.Tensor, hard_share: float, generator: torch.Generator
+    train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """The training indices that an epoch visits, shuffled: `hard_share` of `train`, half of them those whose last known
-    loss, in `image_losses`, is highest, the other half drawn at random from the rest; all of `train` for 1.
+    """`count` of the indices `train`, shuffled: half of them those whose last known loss, in `image_losses`, is highest,
+    the other half drawn at random from the rest; simply all of them if `count` is their number.
 
-    After one pass almost every image is classified with certainty and has next to no gradient; a batch of them is
-    wasted. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
+    After one pass almost every image is classified with certainty and has next to no gradient; a batch of such images
+    is wasted. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
     """
     order = train[torch.randperm(len(train), generator=generator, device=train.device)]
-    if hard_share == 1:
+    if count == len(train):
         return order
-    count = max(2, int(len(train) * hard_share))
     is_hard = torch.zeros(len(image_losses), dtype=torch.bool, device=train.device)
     is_hard[train[image_losses[train].topk(count // 2).indices]] = True
     chosen = torch.cat([order[is_hard[order]], order[~is_hard[order]][: count - count // 2]])
-    return chosen[torch.randperm(len(chosen), generator=generator, device=train.device)]
+    return chosen[torch.randperm(count, generator=generator, device=train.device)]
 
 
 def batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:

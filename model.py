@@ -21,6 +21,7 @@ from torch import nn
 
 from config import UserError
 from data_preprocessing import augment, normalise
+from optimizer import Optimizer
 
 # ---- networks --------------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,7 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
 def train_one_epoch(
     network: nn.Module,
     auxiliary: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Iterable[torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor,

@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from checkpoint import write_atomically
 
+MOST_MISTAKES = 100  # in one picture
+MOST_PREDICTIONS = 20  # rows in one picture
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 
 
@@ -72,11 +74,14 @@ def draw_mistakes(
     probabilities: Sequence[float],
     path: Path,
 ) -> None:
-    """Every wrongly classified image `(M, 28, 28)` with its index, true and predicted class and that one's probability."""
-    columns = min(max(len(images), 1), 8 if len(images) <= 64 else 20)
-    rows = max(1, -(-len(images) // columns))
+    """The wrongly classified images `(M, 28, 28)`, each with its index, true and predicted class and the latter's
+    probability: every one up to MOST_MISTAKES, the first so many beyond."""
+    shown = min(len(images), MOST_MISTAKES)
+    columns = min(max(shown, 1), 5 if shown <= 20 else 10)
+    rows = max(1, -(-shown // columns))
     figure = Figure(figsize=(max(1.5 * columns, 4), 1.95 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"Every mistake: {len(images)}", fontsize=11)
+    told = f"Every mistake: {shown}" if shown == len(images) else f"The {shown} most confident of {len(images)} mistakes"
+    figure.suptitle(f"{told} on the test images", fontsize=11)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for axes, image, index, is_, seems, probability in zip(grid.flat, images, indices, true, predicted, probabilities):
@@ -94,12 +99,12 @@ def draw_predictions(
     true: Sequence[int | None],
     path: Path,
 ) -> None:
-    """A row per sample: the original, the 28x28 image that the network sees, and the probability of each class.
+    """A row per sample, up to MOST_PREDICTIONS: the original, the 28x28 image that the network sees, and the probability of each class.
 
     `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(M, 28, 28)`, `probabilities` `(M, C)` in
     0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
     """
-    rows, height = len(views), max(2.4, 0.6 + 0.27 * len(class_names))
+    rows, height = min(len(views), MOST_PREDICTIONS), max(2.4, 0.6 + 0.27 * len(class_names))
     figure = Figure(figsize=(8.5, height * rows), layout="constrained")
     for (before, seen, bars), original, view, title, probability, truth in zip(
         figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1, 1.3)), originals, views, titles, probabilities, true

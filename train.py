@@ -8,6 +8,7 @@ not touched.
 import json
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -19,7 +20,9 @@ from config import Settings, UserError, load_settings, run_script
 from data_preprocessing import batches, class_names, epoch_order, labels_of, load_images, mean_and_std, split_indices
 from model import build, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
 from model import train_one_epoch
+from optimizer import Optimizer
 
+PLATEAU_PATIENCE = 4  # epochs without a lower validation loss that schedule=plateau accepts
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
 
@@ -27,21 +30,21 @@ class TrainSettings(Settings):
     resume: bool = Field(False, description="go on from out_dir/checkpoint.pt")
 
 
-def learning_rate(settings: Settings, progress: float) -> float:
-    """The learning rate at `progress`, the share of all steps done, in 0..1, for every schedule but plateau."""
-    if settings.schedule in ("none", "plateau"):
+def learning_rate(settings: Settings, progress: float, valid_losses: Sequence[float] = ()) -> float:
+    """The learning rate at `progress`, the share of all steps done, in 0..1, after epochs with these validation losses."""
+    if settings.schedule == "none":
         return settings.lr
+    if settings.schedule == "plateau":
+        lowest, stalled, lr = math.inf, 0, settings.lr
+        for loss in valid_losses:
+            lowest, stalled = (loss, 0) if loss < lowest else (lowest, stalled + 1)
+            if stalled > PLATEAU_PATIENCE:
+                stalled, lr = 0, lr / 10
+        return lr
     if progress < settings.warmup:
         return settings.lr * max(progress / settings.warmup, 0.02)  # not 0: the first step should move
     falling = (progress - settings.warmup) / (1 - settings.warmup)
     return settings.lr * ((1 - falling) if settings.schedule == "one_cycle" else (1 + math.cos(math.pi * falling)) / 2)
-
-
-def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    shared = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": parameters[0].device.type != "mps"}
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **shared)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer](parameters, **shared)
 
 
 def check_same_settings(saved: dict, settings: Settings) -> None:
@@ -86,15 +89,13 @@ def main(arguments: list[str]) -> None:
     network = build(settings.architecture, settings.output_dim).to(device)
     auxiliary = nn.Linear(network.classifier.in_features, 10).to(device) if settings.auxiliary else None
     parameters = [*network.parameters(), *(auxiliary.parameters() if auxiliary else ())]
-    optimizer = make_optimizer(settings, parameters)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=4)
+    optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
     history, best = [], {"epoch": 0, "valid_loss": math.inf}
     if saved:
         network.load_state_dict(saved["parameters"])
         if auxiliary:
             auxiliary.load_state_dict(saved["auxiliary"])
         optimizer.load_state_dict(saved["optimizer"])
-        plateau.load_state_dict(saved["scheduler"])
         history, best = saved["history"], saved["best"]
         image_losses.copy_(saved["image_losses"])
         generator.set_state(saved["random"]["generator"])
@@ -105,21 +106,20 @@ def main(arguments: list[str]) -> None:
     )
 
     # ---- loop ---------------------------------------------------------------------------------------------------------
-    share = [1.0] + [settings.hard_share] * (settings.epochs - 1)  # of the training images, in each epoch
-    steps = [len(batches(train[: max(2, int(len(train) * part))], settings.batch_size)) for part in share]
+    counts = [len(train)] + [max(1, int(len(train) * settings.hard_share))] * (settings.epochs - 1)  # images, by epoch
+    steps = [max(1, count // settings.batch_size) for count in counts]
     done = sum(steps[: len(history)])
     stopped_early = False
     try:
         for epoch in range(len(history) + 1, settings.epochs + 1):
             epoch_started = time.perf_counter()
-            order = epoch_order(train, image_losses, share[epoch - 1], generator)
+            order = epoch_order(train, counts[epoch - 1], image_losses, generator)
+            valid_losses = [line["valid_loss"] for line in history]
             with tqdm(total=len(order), unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
 
                 def before_step(seen: int, losses: torch.Tensor, correct: torch.Tensor) -> None:
                     nonlocal done
-                    if settings.schedule != "plateau":
-                        for group in optimizer.param_groups:
-                            group["lr"] = learning_rate(settings, done / sum(steps))
+                    optimizer.lr = learning_rate(settings, done / sum(steps), valid_losses)
                     done += 1
                     if not bar.disable and seen - bar.n >= 20 * settings.batch_size:
                         bar.update(seen - bar.n)
@@ -142,10 +142,7 @@ def main(arguments: list[str]) -> None:
                     image_losses=image_losses,
                     before_step=before_step,
                 )
-            lr = optimizer.param_groups[0]["lr"]
             valid_loss, valid_accuracy = evaluate(infer(network, valid_images, mean, std, precision), valid_labels)
-            if settings.schedule == "plateau":
-                plateau.step(valid_loss)
             is_best = valid_loss < best["valid_loss"]
             if is_best:
                 best = {"epoch": epoch, "valid_loss": valid_loss, "valid_accuracy": valid_accuracy}
@@ -154,7 +151,7 @@ def main(arguments: list[str]) -> None:
                 {
                     "epoch": epoch,
                     "seconds": round(time.perf_counter() - epoch_started, 3),
-                    "lr": lr,
+                    "lr": optimizer.lr,
                     "train_loss": train_loss,
                     "train_accuracy": train_accuracy,
                     "valid_loss": valid_loss,
@@ -182,7 +179,6 @@ def main(arguments: list[str]) -> None:
                     **described,
                     "auxiliary": auxiliary.state_dict() if auxiliary else None,
                     "optimizer": optimizer.state_dict(),
-                    "scheduler": plateau.state_dict(),
                     "history": history,
                     "stopped_early": stopped_early,
                     "image_losses": image_losses,

@@ -1,0 +1,81 @@
+"""Photographs of any size, colour mode and background, brought to Fashion-MNIST's format."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+from config import UserError
+
+MOST_PIXELS = 100_000_000  # a larger image is refused before it is decoded
+SMALLEST_SIDE = 8  # pixels
+WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
+
+
+def open_image(path: Path) -> Image.Image:
+    """The first frame of an image file, upright, as RGB. Raises UserError if that can't be had."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
+            if min(image.size) < SMALLEST_SIDE:
+                raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")
+            image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
+                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            elif image.mode == "F":
+                raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, UnidentifiedImageError):
+        raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
+
+
+def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
+    """An RGB image as the data set's authors would have made it: uint8 `(28, 28)`, garment bright on black.
+
+    Their steps (arXiv 1708.07747, figure 1): trim the edges that have the corners' colour, resize the longest edge to
+    28, sharpen, extend the shortest edge to 28, negate, grey. Ours differ where a photograph differs from their
+    catalogue pictures: the background's colour and noise are measured along the whole border; resizing averages
+    instead of skipping pixels; the background becomes exactly black; a bright object on a dark background is not
+    negated. An image that is 28x28 on black already is returned unchanged. Raises UserError if no object stands out.
+    """
+    if image.size == (28, 28):
+        grey = np.asarray(image.convert("L"))
+        if np.median(_border(grey)) < 8:
+            return grey
+    image = image.copy()
+    image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(image).astype(np.float32)  # (H, W, 3)
+    edge = _border(pixels)  # (2W + 2H, 3)
+    background = np.median(edge, axis=0)
+    # 5 % of the largest distance, as in the paper, or above the border's own noise (its object may touch the edge)
+    tolerance = max(0.05 * 255 * 3**0.5, 2.5 * np.median(np.linalg.norm(edge - background, axis=1)))
+    stands_out = np.linalg.norm(pixels - background, axis=2) > tolerance
+    rows = np.flatnonzero(stands_out.mean(1) > 0.01)  # one pixel in a hundred: specks don't count
+    columns = np.flatnonzero(stands_out.mean(0) > 0.01)
+    if not len(rows) or not len(columns):
+        raise UserError(f"{name}: nothing stands out from the background; photograph the object on a plain, contrasting one")
+    image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    scale = 28 / max(image.size)
+    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
+    image = image.convert("L").filter(ImageFilter.UnsharpMask(radius=1, percent=50, threshold=0))
+    grey = np.asarray(image).astype(np.float32)
+    ground = float(background @ (0.299, 0.587, 0.114))  # the background's grey, as in convert("L")
+    distance = (ground - grey) * 255 / ground if ground >= 128 else (grey - ground) * 255 / (255 - ground)
+    view = np.zeros((28, 28), dtype=np.uint8)
+    top, left = (28 - grey.shape[0]) // 2, (28 - grey.shape[1]) // 2
+    view[top : top + grey.shape[0], left : left + grey.shape[1]] = distance.clip(0, 255).round()
+    return view
+
+
+def _border(pixels: np.ndarray) -> np.ndarray:
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

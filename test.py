@@ -1,0 +1,85 @@
+"""Evaluate best_model.pt on the 10,000 test images: `python test.py [recipe=NAME] [key=value ...]`.
+
+Writes scores.json, plots/confusion.png and plots/mistakes.png into out_dir, then lets predict.py draw one random test
+image. The network and how its input is normalised come from best_model.pt.
+"""
+
+import json
+import random
+import time
+
+import torch
+
+import checkpoint
+import plots
+import predict
+from config import load_settings, run_script
+from data_preprocessing import labels_of, load_images
+from metrics import calibration_error, confusion_matrix, per_class_scores, wilson_interval
+from model import choose_device, count_parameters, evaluate, infer
+
+TASKS = {2: "clothes or shoe", 10: "ten garments"}
+
+
+def main(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    settings = load_settings(arguments)
+    out = settings.out_path
+    device = choose_device(settings.device)
+    path = out / "best_model.pt"
+    saved = checkpoint.load(path, "best_model")
+    network = checkpoint.rebuild(saved, path).to(device)
+    class_names = tuple(saved["class_names"])
+
+    images, garments = load_images("t10k", settings.data_path)
+    labels = labels_of(garments, saved["output_dim"])
+    precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32  # auto: the same figures everywhere
+    logits = infer(network, images, saved["mean"], saved["std"], precision)
+
+    loss, accuracy = evaluate(logits, labels)
+    probabilities = logits.softmax(1)
+    confidence, predicted = probabilities.max(1)
+    confusion = confusion_matrix(labels, predicted, len(class_names))
+    wrong = torch.nonzero(predicted != labels).squeeze(1)
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    correct = len(labels) - len(wrong)
+    low, high = wilson_interval(correct, len(labels))
+    scores = {
+        "task": TASKS[saved["output_dim"]],
+        "architecture": saved["architecture"],
+        "parameters": count_parameters(network),
+        "n": len(labels),
+        "correct": correct,
+        "accuracy": accuracy,
+        "accuracy_ci95": [low, high],
+        "loss": loss,
+        "calibration_error": calibration_error(probabilities, labels),
+        "per_class": per_class_scores(confusion, class_names),
+        "confusion": confusion.tolist(),
+        "mistakes": wrong.tolist(),
+    }
+    print(f"{path}: epoch {saved['epoch']}, {saved['architecture']}, {scores['parameters']:,} parameters")
+    print(f"{'class':12} precision  recall     f1      n")
+    for name, row in scores["per_class"].items():
+        print(f"{name:12} {row['precision']:9.3%} {row['recall']:7.3%} {row['f1']:7.3%} {row['n']:6,}")
+    plots.draw_confusion(confusion.numpy(), class_names, out / "plots" / "confusion.png")
+    plots.draw_mistakes(
+        images[wrong].squeeze(1).numpy(),
+        wrong.tolist(),
+        [class_names[label] for label in labels[wrong]],
+        [class_names[label] for label in predicted[wrong]],
+        confidence[wrong].tolist(),
+        out / "plots" / "mistakes.png",
+    )
+    scores["seconds"] = round(time.perf_counter() - started, 3)
+    scores["versions"] = checkpoint.versions()
+    checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    print(
+        f"test accuracy {accuracy:.2%} ({correct:,} of {len(labels):,}, 95 % interval {low:.2%} to {high:.2%}), "
+        f"loss {loss:.5f}, calibration error {scores['calibration_error']:.3%}; wrote {out / 'scores.json'}"
+    )
+    predict.predict_test_image(network, saved, images, labels, random.randrange(len(images)), out / "plots" / "prediction.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
