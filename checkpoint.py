@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def load(path: Path, kind: str) -> dict:
     Raises UserError if the file is missing, damaged, foreign, malicious or of another kind.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's, about foreign files; the line below says what matters
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; python train.py with the same recipe and out_dir makes it") from None
     except IsADirectoryError:

@@ -233,9 +233,7 @@ def _shift(images: torch.Tensor, pixels: float, generator: torch.Generator) -> t
     return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
 
 
-def epoch_order(
-    train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def epoch_order(train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """`count` of the indices `train`, shuffled: half of them those whose last known loss, in `image_losses`, is highest,
     the other half drawn at random from the rest; simply all of them if `count` is their number.
 

@@ -1,5 +1,6 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,16 @@ WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its 
 def open_image(path: Path) -> Image.Image:
     """The first frame of an image file, upright, as RGB. Raises UserError if that can't be had."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's: damaged metadata, many pixels; what matters is checked here
+            image = Image.open(path)
+        with image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
             if min(image.size) < SMALLEST_SIDE:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")
+                raise UserError(
+                    f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way"
+                )
             image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -33,9 +39,11 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: has too many pixels; at most {MOST_PIXELS:,}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, UnidentifiedImageError):
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, UnidentifiedImageError):
         raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
 
 

@@ -18,8 +18,16 @@ from tqdm import tqdm
 import checkpoint
 from config import Settings, UserError, load_settings, run_script
 from data_preprocessing import batches, class_names, epoch_order, labels_of, load_images, mean_and_std, split_indices
-from model import build, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
-from model import train_one_epoch
+from model import (
+    build,
+    choose_device,
+    choose_precision,
+    count_parameters,
+    evaluate,
+    infer,
+    keep_freed_memory,
+    train_one_epoch,
+)
 from optimizer import Optimizer
 
 PLATEAU_PATIENCE = 4  # epochs without a lower validation loss that schedule=plateau accepts
@@ -107,7 +115,8 @@ def main(arguments: list[str]) -> None:
 
     # ---- loop ---------------------------------------------------------------------------------------------------------
     counts = [len(train)] + [max(1, int(len(train) * settings.hard_share))] * (settings.epochs - 1)  # images, by epoch
-    steps = [max(1, count // settings.batch_size) for count in counts]
+    looked_at = [int(settings.batch_size / settings.first_share)] + [settings.batch_size] * (settings.epochs - 1)  # a step
+    steps = [max(1, count // size) for count, size in zip(counts, looked_at)]
     done = sum(steps[: len(history)])
     stopped_early = False
     try:
@@ -115,9 +124,10 @@ def main(arguments: list[str]) -> None:
             epoch_started = time.perf_counter()
             order = epoch_order(train, counts[epoch - 1], image_losses, generator)
             valid_losses = [line["valid_loss"] for line in history]
-            with tqdm(total=len(order), unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
+            total = steps[epoch - 1] * settings.batch_size
+            with tqdm(total=total, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
 
-                def before_step(seen: int, losses: torch.Tensor, correct: torch.Tensor) -> None:
+                def before_step(seen, losses, correct, bar=bar, valid_losses=valid_losses) -> None:
                     nonlocal done
                     optimizer.lr = learning_rate(settings, done / sum(steps), valid_losses)
                     done += 1
@@ -129,10 +139,11 @@ def main(arguments: list[str]) -> None:
                     network,
                     auxiliary,
                     optimizer,
-                    batches(order, settings.batch_size),
+                    batches(order, looked_at[epoch - 1]),
                     images,
                     labels,
                     garments,
+                    keep=settings.batch_size,
                     mean=mean,
                     std=std,
                     augmentations=settings.augment,

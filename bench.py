@@ -1,0 +1,152 @@
+"""What the README says of speed, memory and accuracy, measured anew: `python bench.py part=NAME [repeats=N]`.
+
+    part=train     `python train.py` against the same network trained the usual way, to the same validation accuracy
+    part=test      `python test.py` against `python -c "import torch"` (reads the test images)
+    part=memory    peak memory of training against that of holding the images
+    part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
+
+Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from config import ROOT, Settings, UserError, load_settings, run_script
+from data_preprocessing import IDX_FILES, find_idx
+
+ORDINARY_EPOCHS = 10  # the reference's number
+
+
+class BenchSettings(Settings):
+    part: Literal["train", "test", "memory", "accuracy"] = Field("train", description="what to measure")
+    repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds for part=accuracy")
+
+
+def run(*command: str) -> tuple[float, float]:
+    """Wall seconds and peak memory, in MB, of a command in a fresh process. Raises UserError if it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    complaint = process.stderr.read().decode(errors="replace")  # until the process closes it
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"python {' '.join(command)} failed: {complaint.strip().splitlines()[-1:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+def ordinary_training(data_root: str, seed: int, target: float) -> None:
+    """Task 1's network trained the usual way, for 10 epochs or until the validation accuracy is `target`, in 0..1."""
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, Subset
+    from torchvision.datasets import FashionMNIST
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    from data_preprocessing import SHOES, split_indices
+
+    torch.manual_seed(seed)
+    transform = Compose([ToTensor(), Normalize((0.2860,), (0.3530,))])
+    dataset = FashionMNIST(data_root, transform=transform, target_transform=lambda garment: int(garment in SHOES))
+    train, valid = split_indices(dataset.targets, valid_ratio=0.1, seed=seed)
+    train_loader = DataLoader(Subset(dataset, train.tolist()), batch_size=54, shuffle=True)
+    valid_loader = DataLoader(Subset(dataset, valid.tolist()), batch_size=54)
+    network = nn.Sequential(
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 2),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    criterion = nn.CrossEntropyLoss()
+    for epoch in range(1, ORDINARY_EPOCHS + 1):
+        network.train()
+        for x, y in train_loader:
+            optimizer.zero_grad()
+            criterion(network(x), y).backward()
+            optimizer.step()
+        network.eval()
+        with torch.no_grad():
+            correct = sum((network(x).argmax(1) == y).sum().item() for x, y in valid_loader)
+        print(
+            f"  ordinary training, epoch {epoch}: validation accuracy {correct / len(valid):.3%}", file=sys.stderr, flush=True
+        )
+        if correct / len(valid) >= target:
+            break
+
+
+def told(name: str, values: list[float], unit: str) -> str:
+    return f"{name}: median {statistics.median(values):.2f} {unit}, {min(values):.2f} to {max(values):.2f} (n={len(values)})"
+
+
+def in_turn(repeats: int, ours: list[str], other: list[str], figure: int) -> None:
+    """Run both in turn and print both medians and that of the pairs' ratio. `figure`: 0 seconds, 1 memory in MB."""
+    for command in (ours, other):
+        run(*command)  # once uncounted: files come from disk, fonts are cached
+    pairs = [(run(*ours)[figure], run(*other)[figure]) for _ in range(repeats)]
+    unit = ("s", "MB")[figure]
+    print(told(f"python {ours[0]}", [a for a, _ in pairs], unit))
+    print(told(f"python {other[0]} ...", [b for _, b in pairs], unit))
+    print(told("ratio", [a / b for a, b in pairs], "times"))
+
+
+def main(arguments: list[str]) -> None:
+    settings = load_settings(arguments, BenchSettings)
+    words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
+    with tempfile.TemporaryDirectory() as folder:
+        train = ["train.py", *words, f"out_dir={folder}/ours"]
+        if settings.part == "train":
+            raw = Path(folder) / "FashionMNIST" / "raw"
+            raw.mkdir(parents=True)
+            for name in IDX_FILES:
+                (raw / name).write_bytes(find_idx(name, settings.data_path))
+            ours, theirs, ratios = [], [], []
+            run(*train)  # once uncounted
+            for seed in range(settings.repeats):
+                ours.append(run(*train, f"seed={seed}")[0])
+                history = [json.loads(line) for line in (Path(folder) / "ours" / "history.jsonl").read_text().splitlines()[1:]]
+                reached = min(history, key=lambda line: line["valid_loss"])["valid_accuracy"]
+                print(f"seed {seed}: ours {ours[-1]:.1f} s, validation accuracy {reached:.3%}", flush=True)
+                call = f"import bench; bench.ordinary_training({folder!r}, {seed}, {reached})"
+                started = time.perf_counter()
+                subprocess.run([sys.executable, "-c", call], cwd=ROOT, check=True)
+                theirs.append(time.perf_counter() - started)
+                ratios.append(theirs[-1] / ours[-1])
+                print(f"seed {seed}: ordinary {theirs[-1]:.1f} s, {ratios[-1]:.1f} times ours", flush=True)
+            print(told("python train.py", ours, "s"))
+            print(told("ordinary training", theirs, "s"))
+            print(told("ratio", ratios, "times"))
+        elif settings.part == "test":
+            in_turn(settings.repeats, ["test.py", *words], ["-c", "import torch"], 0)
+        elif settings.part == "memory":
+            hold = "import torch; x = torch.ones(70_000, 1, 28, 28, dtype=torch.uint8)"
+            in_turn(settings.repeats, train, ["-c", hold], 1)
+        else:
+            accuracies = []
+            for seed in range(settings.repeats):
+                run(*train, f"seed={seed}")
+                run("test.py", *words, f"out_dir={folder}/ours")
+                scores = json.loads((Path(folder) / "ours" / "scores.json").read_text())
+                accuracies.append(scores["accuracy"])
+                print(f"seed {seed}: {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
+            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+            print(
+                f"test accuracy: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
+                f"{min(accuracies):.2%} to {max(accuracies):.2%} (n={len(accuracies)})"
+            )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,99 @@
+"""Settings: where they come from, and how wrong ones are refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import config
+from config import UserError, load_settings, parse_augment
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"epochs": 3, "lr": 0.5, "seed": 7}))
+    (tmp_path / "recipes" / "quick.json").write_text(json.dumps({"epochs": 2, "lr": 0.25}))
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_command_line_wins_over_recipe_over_config_over_defaults(root):
+    settings = load_settings(["recipe=quick", "lr=1"])
+    assert (settings.lr, settings.epochs, settings.seed, settings.patience) == (1.0, 2, 7, 0)
+
+
+def test_out_dir_is_the_root_for_task_1_and_runs_name_for_a_recipe(root):
+    assert load_settings([]).out_path == root
+    assert load_settings(["recipe=quick"]).out_path == root / "runs" / "quick"
+    assert load_settings(["out_dir=here"]).out_path == root / "here"
+
+
+def test_the_value_is_all_after_the_first_equals_sign(root):
+    assert load_settings(["data_dir=a=b"]).data_dir == "a=b"
+
+
+@pytest.mark.parametrize(
+    "word, told",
+    [
+        ("batchsize=3", "'batch_size'"),
+        ("batch_size=0", "greater than or equal to 1"),
+        ("batch_size=2.5", "valid integer"),
+        ("batch_size=", "valid integer"),
+        ("batch_size=true", "valid integer"),
+        ("lr=-1", "greater than 0"),
+        ("lr=nan", "finite"),
+        ("valid_ratio=1", "less than 1"),
+        ("schedule=cosin", "cosine"),
+        ("output_dim=3", "2 or 10"),
+        ("device=tpu", "cpu"),
+        ("data_dir=", "at least 1"),
+        ("augment=hflp", "known: hflip"),
+        ("augment=hflip:2", "0 to 1"),
+        ("augment=shift:x", "no number"),
+        ("recipe=none", "known: quick"),
+        ("fast", "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line_that_names_it(root, word, told):
+    with pytest.raises(UserError) as refused:
+        load_settings([word])
+    assert told in str(refused.value) and word.split("=")[0] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_broken_config_file_is_refused_by_name(root):
+    (root / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_settings([])
+
+
+def test_an_unknown_key_in_a_recipe_is_refused(root):
+    (root / "recipes" / "quick.json").write_text('{"learning": 1}')
+    with pytest.raises(UserError, match="'learning'"):
+        load_settings(["recipe=quick"])
+
+
+def test_augmentations_have_default_strengths():
+    assert parse_augment("hflip, shift:3") == {"hflip": 0.5, "shift": 3.0}
+    assert parse_augment("") == {}
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_settings(["help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"\n{key}=" in shown for key in config.Settings.model_fields)
+
+
+def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.run_script(load_settings, ["nonsense=1"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+
+
+def test_the_shipped_config_is_valid_and_settings_need_no_torch():
+    code = "import sys, config; config.load_settings([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0

@@ -1,0 +1,46 @@
+"""Our figures are scikit-learn's and SciPy's."""
+
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+
+import metrics
+from model import evaluate
+
+
+@pytest.fixture
+def sample():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2_000, 5, generator=generator) * 2
+    labels = torch.randint(0, 4, (2_000,), generator=generator)  # class 4 is never true
+    return logits, labels
+
+
+def test_loss_and_accuracy(sample):
+    logits, labels = sample
+    loss, accuracy = evaluate(logits, labels)
+    assert loss == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(5)), rel=1e-5)
+    assert accuracy == accuracy_score(labels, logits.argmax(1))
+
+
+def test_confusion_precision_recall_and_f1(sample):
+    logits, labels = sample
+    confusion = metrics.confusion_matrix(labels, logits.argmax(1), 5)
+    assert (confusion.numpy() == confusion_matrix(labels, logits.argmax(1))).all()
+    ours = metrics.per_class_scores(confusion, tuple("abcde"))
+    theirs = precision_recall_fscore_support(labels, logits.argmax(1), zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "n"), theirs):
+        assert [ours[name][key] for name in "abcde"] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("correct, n", [(9_993, 10_000), (10_000, 10_000), (0, 20), (18, 20)])
+def test_wilson_interval(correct, n):
+    theirs = binomtest(correct, n).proportion_ci(method="wilson")
+    assert metrics.wilson_interval(correct, n) == pytest.approx((theirs.low, theirs.high), abs=1e-7)
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    probabilities = torch.tensor([[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 10)
+    labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 8 + [0] * 2)  # 70 % right at 0.9, 80 % right at 0.6
+    assert metrics.calibration_error(probabilities, labels) == pytest.approx((0.2 + 0.2) / 2, abs=1e-6)

@@ -1,0 +1,126 @@
+"""The network, its frozen part, inference, and one training step."""
+
+import pytest
+import torch
+
+from config import UserError
+from model import build, choose_device, choose_precision, count_parameters, freeze, infer, train_one_epoch
+from optimizer import Optimizer
+
+
+@pytest.mark.parametrize("output_dim, parameters", [(2, 16_386), (10, 28_938)])
+def test_cnn_has_the_references_parameters_and_output(output_dim, parameters):
+    network = build("cnn", output_dim)
+    assert count_parameters(network) == parameters
+    assert network(torch.zeros(3, 1, 28, 28)).shape == (3, output_dim)
+    assert network.features(torch.zeros(3, 1, 28, 28)).shape == (3, 32 * 7 * 7)
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(UserError, match="known: cnn"):
+        build("vgg", 2)
+
+
+def test_infer_does_not_depend_on_how_images_are_grouped(train_data):
+    network, images = build("cnn", 2), train_data[0][:1_203]
+    together = infer(network, images, 0.3, 0.35)
+    apart = torch.cat([infer(network, part, 0.3, 0.35) for part in images.split(77)])
+    assert together.shape == (1_203, 2) and together.dtype == torch.float32
+    assert torch.allclose(together, apart, atol=1e-5)
+
+
+def step(network, data, *, precision=torch.float32, repeats=1, keep=128):
+    images, garments = data[0][:128], data[1][:128]
+    labels = (garments == 9).long()
+    auxiliary = torch.nn.Linear(1568, 10)
+    parameters = [p for p in (*network.parameters(), *auxiliary.parameters()) if p.requires_grad]
+    image_losses = torch.full((200,), torch.inf)
+    results = [
+        train_one_epoch(
+            network,
+            auxiliary,
+            optimizer,
+            [torch.arange(128)],
+            images,
+            labels,
+            garments,
+            keep=keep,
+            mean=0.286,
+            std=0.353,
+            augmentations="",
+            auxiliary_weight=0.5,
+            precision=precision,
+            generator=torch.Generator(),
+            image_losses=image_losses,
+            before_step=lambda seen, losses, correct: None,
+        )
+        for optimizer in [Optimizer("adam", parameters, lr=0.001)]
+        for _ in range(repeats)
+    ]
+    return results, image_losses
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_training_steps_lower_the_loss_and_record_each_images(precision, train_data):
+    torch.manual_seed(0)
+    results, image_losses = step(build("cnn", 2), train_data, precision=precision, repeats=8)
+    assert results[-1][0] < results[0][0] and results[-1][1] > results[0][1]
+    assert image_losses[:128].isfinite().all() and image_losses[128:].isinf().all()
+    assert image_losses[:128].mean().item() == pytest.approx(results[-1][0], rel=1e-5)
+
+
+def test_of_a_larger_batch_only_the_hardest_images_are_trained_on(train_data):
+    torch.manual_seed(0)
+    network = build("cnn", 2)
+    logits = infer(network, train_data[0][:128], 0.286, 0.353)
+    each = torch.nn.functional.cross_entropy(logits, (train_data[1][:128] == 9).long(), reduction="none")
+    results, image_losses = step(network, train_data, keep=32)
+    assert image_losses[:128].allclose(each, atol=1e-5)  # all were looked at
+    assert results[0][0] > each.mean().item()  # and those trained on were harder than all
+
+
+def test_frozen_convolutions_stay_as_they_are_and_the_rest_learns(train_data):
+    network = build("cnn", 2)
+    freeze(network.features)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    step(network, train_data, repeats=3)
+    same = {name: torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items()}
+    assert same == {name: name.startswith("features.") for name in same}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_parameters_change(train_data):
+    network = build("cnn", 2)
+    with torch.no_grad():
+        network.classifier.bias[0] = torch.nan
+    before = network.features[0].weight.clone()
+    with pytest.raises(UserError, match="nan in batch 1"):
+        step(network, train_data)
+    assert network.features[0].weight.equal(before)
+
+
+def test_precision_and_device_follow_the_settings():
+    cpu = choose_device("cpu")
+    assert choose_precision("float32", cpu) == torch.float32 and choose_precision("bfloat16", cpu) == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda"):
+            choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_optimizers_are_torchs_bit_for_bit(name):
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(30, 20), torch.nn.Linear(30, 20)
+    theirs.load_state_dict(ours.state_dict())
+    reference = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01, fused=True),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01, fused=True),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01, fused=True),
+    }[name](theirs.parameters())
+    optimizer = Optimizer(name, ours.parameters(), lr=0.1, weight_decay=0.01)
+    for _ in range(5):
+        x = torch.randn(7, 30)
+        for network, stepper in ((ours, optimizer), (theirs, reference)):
+            stepper.zero_grad()
+            network(x).square().sum().backward()
+            stepper.step()
+    assert ours.weight.equal(theirs.weight) and ours.bias.equal(theirs.bias)

@@ -1,0 +1,166 @@
+"""Photographs become Fashion-MNIST images; bad ones are refused in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import checkpoint
+import predict
+import test as test_script
+from config import ROOT, UserError
+from model import build
+from photo import open_image, to_fashion_mnist
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder with a best_model.pt of an untrained network."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    described = {"architecture": "cnn", "output_dim": 2, "class_names": ["clothes", "shoe"], "mean": 0.286, "std": 0.353}
+    network = {"kind": "best_model", **described, "parameters": build("cnn", 2).state_dict(), "epoch": 1}
+    checkpoint.save(folder / "best_model.pt", network)
+    return folder
+
+
+def photograph(ground="white", ink="black", size=(400, 300)):
+    image = Image.new("RGB", size, ground)
+    ImageDraw.Draw(image).polygon([(100, 200), (300, 200), (300, 100), (250, 100)], fill=ink)
+    return image
+
+
+@pytest.mark.parametrize(
+    "ground, ink", [("white", "black"), ("#d8d0c8", "#503020"), ("black", "white"), ("#202428", "#c0b0a0")]
+)
+def test_an_object_fills_the_frame_bright_on_exactly_black(ground, ink):
+    view = to_fashion_mnist(photograph(ground, ink), "photo")
+    rows, columns = np.flatnonzero((view > 60).any(1)), np.flatnonzero((view > 60).any(0))
+    assert view.shape == (28, 28) and view.dtype == np.uint8
+    assert (columns[0], columns[-1]) == (0, 27)  # twice as wide as high: 28 x 14, centred
+    assert 6 <= rows[0] <= 8 and 19 <= rows[-1] <= 21
+    assert (view[:6] == 0).all() and (view[22:] == 0).all()
+
+
+def test_a_noisy_and_unevenly_lit_background_is_still_trimmed():
+    shade = np.linspace(185, 235, 400)[None, :, None] + np.random.default_rng(0).normal(0, 5, (300, 400, 3))
+    pixels = np.where(np.asarray(photograph()) == 0, 40, shade).clip(0, 255).astype(np.uint8)
+    view = to_fashion_mnist(Image.fromarray(pixels), "photo")
+    assert (view > 100).any(0).sum() >= 26 and view[:5].max() < 40
+
+
+def test_a_fashion_mnist_image_is_taken_as_it_is(train_data, tmp_path):
+    for number in (0, 646, 746):
+        pixels = train_data[0][number, 0].numpy()
+        Image.fromarray(pixels).save(tmp_path / "image.png")
+        assert (to_fashion_mnist(open_image(tmp_path / "image.png"), "image") == pixels).all()
+
+
+@pytest.mark.parametrize(
+    "mode, suffix", [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "tiff"), ("LA", "png")]
+)
+def test_every_colour_mode_gives_nearly_the_same_view(mode, suffix, tmp_path):
+    path = tmp_path / f"photo.{suffix}"
+    photograph().convert(mode).save(path)
+    view, expected = (to_fashion_mnist(image, "photo").astype(int) for image in (open_image(path), photograph()))
+    assert np.abs(view - expected).mean() < 3
+
+
+def test_16_bits_a_pixel_are_read(tmp_path):
+    Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert (to_fashion_mnist(open_image(tmp_path / "deep.png"), "deep") == to_fashion_mnist(photograph(), "")).all()
+
+
+def test_a_transparent_background_is_white(tmp_path):
+    image = photograph().convert("RGBA")
+    image.putalpha(Image.fromarray(np.where(np.asarray(photograph().convert("L")) == 0, 255, 0).astype(np.uint8)))
+    image.save(tmp_path / "cut.png")
+    assert (to_fashion_mnist(open_image(tmp_path / "cut.png"), "cut") == to_fashion_mnist(photograph(), "")).all()
+
+
+def test_an_animation_is_its_first_frame(tmp_path):
+    photograph().save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (400, 300), "red")])
+    assert np.abs(np.asarray(open_image(tmp_path / "moving.gif")).astype(int) - np.asarray(photograph())).mean() < 3
+
+
+def test_a_photograph_turned_by_its_camera_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photograph().save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (300, 400)
+
+
+@pytest.mark.parametrize(
+    "write, complaint",
+    [
+        (lambda path: Image.new("RGB", (1, 1)).save(path), "1 x 1"),
+        (lambda path: path.write_bytes(b"no image"), "no readable image"),
+        (lambda path: path.write_bytes(b""), "no readable image"),
+        (lambda path: (photograph().save(path), path.write_bytes(path.read_bytes()[:300])), "no readable image"),
+        (lambda path: Image.new("1", (20_000, 20_000)).save(path), "too many"),
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "no readable image"),
+    ],
+    ids=["1x1", "foreign", "empty", "truncated", "enormous", "missing", "folder"],
+)
+def test_a_bad_image_is_refused_by_name(write, complaint, out, tmp_path):
+    path = tmp_path / "photo.png"
+    write(path)
+    with pytest.raises(UserError, match=rf"photo\.png: .*{complaint}"):
+        predict.main([f"out_dir={out}", str(path)])
+
+
+def test_a_blank_image_is_refused():
+    with pytest.raises(UserError, match="blank: nothing stands out"):
+        to_fashion_mnist(Image.new("RGB", (200, 200), "white"), "blank")
+
+
+def test_predict_draws_files_in_one_picture(out, tmp_path, capsys):
+    names = ["a shoe.png", "-dash.png", "schön.png"]
+    for name in names:
+        photograph().save(tmp_path / name)
+    predict.main([f"out_dir={out}", *(str(tmp_path / name) for name in names)])
+    shown = capsys.readouterr().out
+    assert all(f"{name}: predicted" in shown for name in names)
+    assert (out / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def stand_in(monkeypatch, train_data):
+    """test.py and predict.py see training images in place of the test set's, which no test may evaluate."""
+    for script in (test_script, predict):
+        monkeypatch.setattr(script, "load_images", lambda split, path: (train_data[0][:500], train_data[1][:500]))
+
+
+def test_predict_takes_a_test_image_by_its_number(out, stand_in, train_data, capsys):
+    predict.main([f"out_dir={out}", "index=7"])
+    truth = "shoe" if train_data[1][7] in (5, 7, 9) else "clothes"
+    assert "test image 7: predicted" in (shown := capsys.readouterr().out) and f"true {truth}" in shown
+
+
+def test_index_and_image_files_together_are_refused(out):
+    with pytest.raises(UserError, match="not both"):
+        predict.main([f"out_dir={out}", "index=7", "photo.png"])
+
+
+def test_test_writes_scores_that_agree_with_themselves(out, stand_in, train_data):
+    test_script.main([f"out_dir={out}"])
+    scores = json.loads((out / "scores.json").read_text())
+    shoes = torch.isin(train_data[1][:500], torch.tensor([5, 7, 9])).sum().item()
+    assert scores["n"] == 500 and scores["parameters"] == 16_386
+    assert scores["correct"] == sum(scores["confusion"][i][i] for i in (0, 1)) == 500 - len(scores["mistakes"])
+    assert scores["accuracy"] == scores["correct"] / 500
+    assert scores["per_class"]["shoe"]["n"] == shoes
+    assert scores["accuracy_ci95"][0] < scores["accuracy"] < scores["accuracy_ci95"][1]
+    assert {"confusion.png", "mistakes.png", "prediction.png"} <= {path.name for path in (out / "plots").iterdir()}
+
+
+def test_a_wrong_setting_ends_the_process_with_code_2_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "predict.py"), f"out_dir={tmp_path}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DISPLAY": ""})
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "best_model.pt" in ended.stderr

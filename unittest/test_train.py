@@ -1,0 +1,153 @@
+"""Training: the same bits from the same seed, also through a resume; every setting matters."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import UserError
+
+SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
+
+
+def run(out, *words):
+    train.main([*SHORT, *words, f"out_dir={out}"])
+    return checkpoint.load(out / "checkpoint.pt", "checkpoint")
+
+
+def same_parameters(one, other):
+    return all(tensor.equal(other["parameters"][name]) for name, tensor in one["parameters"].items())
+
+
+def without_seconds(history):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return run(out), out
+
+
+def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
+    again = run(tmp_path)
+    assert same_parameters(undisturbed[0], again)
+    assert without_seconds(undisturbed[0]["history"]) == without_seconds(again["history"])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_interrupted_run_resumes_to_the_same_bits(epoch, undisturbed, tmp_path, monkeypatch, capsys):
+    real, calls = train.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) > epoch:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", interrupted)
+        run(tmp_path)
+    assert f"epoch {epoch} is saved" in capsys.readouterr().out
+    resumed = run(tmp_path, "resume=true")
+    assert same_parameters(undisturbed[0], resumed) and resumed["best"] == undisturbed[0]["best"]
+    assert without_seconds(resumed["history"]) == without_seconds(undisturbed[0]["history"])
+    best, undisturbed_best = (checkpoint.load(out / "best_model.pt", "best_model") for out in (tmp_path, undisturbed[1]))
+    assert same_parameters(best, undisturbed_best)
+
+
+def test_a_finished_run_is_not_resumed(undisturbed, capsys):
+    before = (undisturbed[1] / "checkpoint.pt").read_bytes()
+    run(undisturbed[1], "resume=true")
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (undisturbed[1] / "checkpoint.pt").read_bytes() == before
+
+
+def test_resuming_under_other_settings_is_refused_by_name(undisturbed):
+    with pytest.raises(UserError, match=r"lr=0\.5 \(was 0\.02\)"):
+        run(undisturbed[1], "resume=true", "lr=0.5")
+
+
+def test_resuming_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        run(tmp_path, "resume=true")
+
+
+def test_a_run_writes_its_settings_and_a_line_per_epoch(undisturbed):
+    settings, *epochs = map(json.loads, (undisturbed[1] / "history.jsonl").read_text().splitlines())
+    assert settings["limit"] == 600 and settings["schedule"] == "one_cycle"
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    keys = ["epoch", "seconds", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
+    assert all(list(line) == keys for line in epochs)
+    assert (undisturbed[1] / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_model_has_the_lowest_validation_loss(undisturbed):
+    best = checkpoint.load(undisturbed[1] / "best_model.pt", "best_model")
+    lowest = min(undisturbed[0]["history"], key=lambda line: line["valid_loss"])
+    assert best["epoch"] == lowest["epoch"] == undisturbed[0]["best"]["epoch"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=1",
+        "limit=500",
+        "valid_ratio=0.03",
+        "batch_size=32",
+        "epochs=2",
+        "lr=0.01",
+        "optimizer=sgd",
+        "optimizer=adamw weight_decay=0.1",
+        "weight_decay=0.01",
+        "schedule=none",
+        "schedule=cosine",
+        "warmup=0.5",
+        "augment=",
+        "augment=shift",
+        "auxiliary=0",
+        "hard_share=0.4",
+        "first_share=0.7",
+        "precision=float32",
+        "output_dim=10",
+    ],
+)
+def test_every_setting_changes_something(word, undisturbed, tmp_path):
+    words = ["precision=bfloat16", *word.split()]
+    other = run(tmp_path, *words)
+    shared = [name for name in other["parameters"] if name.startswith("features.")]
+    assert any(not other["parameters"][name].equal(undisturbed[0]["parameters"][name]) for name in shared)
+
+
+def test_patience_stops_a_run_that_no_longer_improves(tmp_path, capsys):
+    ended = run(tmp_path, "epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none")
+    assert len(ended["history"]) == ended["best"]["epoch"] + 1 < 50
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_schedules_rise_for_the_warmup_and_end_at_zero():
+    for schedule in ("one_cycle", "cosine"):
+        settings = train.TrainSettings(schedule=schedule, lr=2.0, warmup=0.25)
+        assert train.learning_rate(settings, 0) < 0.1
+        assert train.learning_rate(settings, 0.25) == 2.0
+        assert train.learning_rate(settings, 0.625) == pytest.approx(1.0)
+        assert train.learning_rate(settings, 1) == pytest.approx(0)
+
+
+def test_plateau_is_torchs():
+    losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.4, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=4, threshold=0)
+    settings = train.TrainSettings(schedule="plateau", lr=1.0)
+    for epoch, loss in enumerate(losses, 1):
+        plateau.step(loss)
+        assert train.learning_rate(settings, 0, losses[:epoch]) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_a_wrong_setting_overwrites_nothing(undisturbed):
+    before = (undisturbed[1] / "best_model.pt").read_bytes()
+    with pytest.raises(UserError):
+        run(undisturbed[1], "lr=0")
+    assert (undisturbed[1] / "best_model.pt").read_bytes() == before
