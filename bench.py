@@ -3,6 +3,7 @@
     part=train     `python train.py` against the same network trained the usual way, to the same validation accuracy
     part=test      `python test.py` against `python -c "import torch"` (reads the test images)
     part=memory    peak memory of training against that of holding the images
+    part=valid     validation accuracy over seeds 0 to N-1, each with a split of its own: what settings are chosen by
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
 
 Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
@@ -27,7 +28,7 @@ ORDINARY_EPOCHS = 10  # the reference's number
 
 
 class BenchSettings(Settings):
-    part: Literal["train", "test", "memory", "accuracy"] = Field("train", description="what to measure")
+    part: Literal["train", "test", "memory", "valid", "accuracy"] = Field("train", description="what to measure")
     repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds for part=accuracy")
 
 
@@ -87,6 +88,12 @@ def ordinary_training(data_root: str, seed: int, target: float) -> None:
             break
 
 
+def best_epoch(out_dir: str) -> dict:
+    """The history's line with the lowest validation loss: the epoch that best_model.pt holds."""
+    _, *epochs = [json.loads(line) for line in Path(out_dir, "history.jsonl").read_text().splitlines()]
+    return min(epochs, key=lambda epoch: epoch["valid_loss"])
+
+
 def told(name: str, values: list[float], unit: str) -> str:
     return f"{name}: median {statistics.median(values):.2f} {unit}, {min(values):.2f} to {max(values):.2f} (n={len(values)})"
 
@@ -116,8 +123,7 @@ def main(arguments: list[str]) -> None:
             run(*train)  # once uncounted
             for seed in range(settings.repeats):
                 ours.append(run(*train, f"seed={seed}")[0])
-                history = [json.loads(line) for line in (Path(folder) / "ours" / "history.jsonl").read_text().splitlines()[1:]]
-                reached = min(history, key=lambda line: line["valid_loss"])["valid_accuracy"]
+                reached = best_epoch(f"{folder}/ours")["valid_accuracy"]
                 print(f"seed {seed}: ours {ours[-1]:.1f} s, validation accuracy {reached:.3%}", flush=True)
                 call = f"import bench; bench.ordinary_training({folder!r}, {seed}, {reached})"
                 started = time.perf_counter()
@@ -137,14 +143,19 @@ def main(arguments: list[str]) -> None:
             accuracies = []
             for seed in range(settings.repeats):
                 run(*train, f"seed={seed}")
-                run("test.py", *words, f"out_dir={folder}/ours")
-                scores = json.loads((Path(folder) / "ours" / "scores.json").read_text())
-                accuracies.append(scores["accuracy"])
-                print(f"seed {seed}: {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
+                if settings.part == "valid":
+                    best = best_epoch(f"{folder}/ours")
+                    accuracies.append(best["valid_accuracy"])
+                    print(f"seed {seed}: {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
+                else:
+                    run("test.py", *words, f"out_dir={folder}/ours")
+                    scores = json.loads(Path(f"{folder}/ours/scores.json").read_text())
+                    accuracies.append(scores["accuracy"])
+                    print(f"seed {seed}: {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
             spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
             print(
-                f"test accuracy: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
-                f"{min(accuracies):.2%} to {max(accuracies):.2%} (n={len(accuracies)})"
+                f"{settings.part}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
+                f"{min(accuracies):.3%} to {max(accuracies):.3%} (n={len(accuracies)})"
             )
 
 

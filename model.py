@@ -155,7 +155,8 @@ def train_one_epoch(
     `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
     head, if any, maps the network's features to the ten garments. Of a batch of more than `keep` images only the `keep`
     with the highest loss are trained on: a look costs a third of a step (selective backpropagation, Jiang et al. 2019,
-    arXiv 1910.00762). Each image's latest loss without the auxiliary part is written to `image_losses` `(N,)`. `before_step` is called before each step with the images seen so far, the sum of their losses and the number
+    arXiv 1910.00762). Each image's latest loss, without the auxiliary part, is written to `image_losses` `(N,)`.
+    `before_step` is called before each step with the images trained on so far, the sum of their losses and the number
     classified correctly (to set the learning rate and to show progress). Raises UserError, before the parameters
     change, on a loss that is not finite.
     """

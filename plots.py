@@ -26,12 +26,14 @@ def _save(figure: Figure, path: Path) -> None:
 
 def draw_curves(history_path: Path, path: Path) -> None:
     """Loss (log scale) and error rate of training and validation by epoch, the best epoch marked."""
-    epochs = [json.loads(line) for line in history_path.read_text().splitlines()[1:]]
+    settings, *epochs = [json.loads(line) for line in history_path.read_text().splitlines()]
+    trained_on = "training" if settings["first_share"] == settings["hard_share"] == 1 else "training (on the harder images)"
     number = [epoch["epoch"] for epoch in epochs]
     best = min(epochs, key=lambda epoch: epoch["valid_loss"])
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6))
     loss, accuracy = figure.subplots(1, 2)
-    for part, colour, label in (("train", ORANGE, "training"), ("valid", BLUE, "validation")):
+    figure.subplots_adjust(0.08, 0.14, 0.98, 0.9, wspace=0.25)  # a computed layout would draw everything twice
+    for part, colour, label in (("train", ORANGE, trained_on), ("valid", BLUE, "validation")):
         loss.plot(number, [epoch[f"{part}_loss"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
         accuracy.plot(number, [epoch[f"{part}_accuracy"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
     loss.set(yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
@@ -99,7 +101,7 @@ def draw_predictions(
     true: Sequence[int | None],
     path: Path,
 ) -> None:
-    """A row per sample, up to MOST_PREDICTIONS: the original, the 28x28 image that the network sees, and the probability of each class.
+    """A row per sample, up to MOST_PREDICTIONS: the original, the network's view of it, the probability of each class.
 
     `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(M, 28, 28)`, `probabilities` `(M, C)` in
     0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
@@ -122,7 +124,9 @@ def draw_predictions(
             colours[truth] = GREEN
         bars.barh(range(len(class_names)), probability, color=colours)
         for place, value in enumerate(probability):
-            bars.text(min(value, 0.8) + 0.02, place, f"{value:.1%}", va="center", fontsize=8)
+            inside = value > 0.8
+            place_x, colour = (value - 0.02, "white") if inside else (value + 0.02, "black")
+            bars.text(place_x, place, f"{value:.1%}", va="center", ha="right" if inside else "left", color=colour, fontsize=8)
         bars.set_yticks(range(len(class_names)), class_names)
         bars.invert_yaxis()
         bars.set(xlim=(0, 1))
