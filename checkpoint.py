@@ -12,6 +12,12 @@ from torch import nn
 from config import UserError
 from model import build
 
+NETWORK_KEYS = {"architecture", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
+KEYS = {  # what a file must hold to be of its kind
+    "best_model": NETWORK_KEYS,
+    "checkpoint": NETWORK_KEYS | {"settings", "auxiliary", "optimizer", "history", "best", "stopped_early", "random"},
+}
+
 
 def write_atomically(path: Path, contents: bytes) -> None:
     """Write beside `path`, flush to disk, move over it: a reader sees the old file or the new one, never a part.
@@ -44,6 +50,8 @@ def save(path: Path, contents: dict) -> None:
 def load(path: Path, kind: str) -> dict:
     """The dict that `save` wrote with `contents["kind"] == kind`, on the CPU; no code inside the file ever runs.
 
+    `kind`: "best_model" or "checkpoint".
+
     Raises UserError if the file is missing, damaged, foreign, malicious or of another kind.
     """
     try:
@@ -58,7 +66,7 @@ def load(path: Path, kind: str) -> dict:
         raise UserError(f"{path}: may not be read") from None
     except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code
         raise UserError(f"{path}: is damaged, or holds more than plain tensors and numbers; train again") from None
-    if not isinstance(contents, dict) or contents.get("kind") != kind:
+    if not isinstance(contents, dict) or contents.get("kind") != kind or KEYS[kind] - contents.keys():
         raise UserError(f"{path}: is no {kind} file of this project; train again or name another out_dir")
     return contents
 

@@ -171,7 +171,7 @@ def class_names(output_dim: int) -> tuple[str, ...]:
 
 def labels_of(garments: torch.Tensor, output_dim: int) -> torch.Tensor:
     """Garments 0..9 -> the task's labels, int64: unchanged for ten classes, 1 for a shoe and 0 for the rest for two."""
-    return garments if output_dim == 10 else torch.isin(garments, torch.tensor(SHOES)).long()
+    return garments if output_dim == 10 else torch.isin(garments, torch.tensor(SHOES, device=garments.device)).long()
 
 
 def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> None:
     saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if settings.resume else None
     if saved:
         check_same_settings(saved["settings"], settings)
-        if saved["epoch"] >= settings.epochs or saved["stopped_early"]:
-            print(f"{out / 'checkpoint.pt'}: this run ended with epoch {saved['epoch']}; there is nothing to resume")
+        if len(saved["history"]) >= settings.epochs or saved["stopped_early"]:
+            print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(saved['history'])}; there is nothing to resume")
             return
     print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
 
@@ -100,14 +100,17 @@ def main(arguments: list[str]) -> None:
     optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
     history, best = [], {"epoch": 0, "valid_loss": math.inf}
     if saved:
-        network.load_state_dict(saved["parameters"])
-        if auxiliary:
-            auxiliary.load_state_dict(saved["auxiliary"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, best = saved["history"], saved["best"]
-        image_losses.copy_(saved["image_losses"])
-        generator.set_state(saved["random"]["generator"])
-        torch.set_rng_state(saved["random"]["torch"])
+        try:
+            network.load_state_dict(saved["parameters"])
+            if auxiliary:
+                auxiliary.load_state_dict(saved["auxiliary"])
+            optimizer.load_state_dict(saved["optimizer"])
+            history, best = saved["history"], saved["best"]
+            image_losses.copy_(saved["image_losses"])
+            generator.set_state(saved["random"]["generator"])
+            torch.set_rng_state(saved["random"]["torch"])
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"{out / 'checkpoint.pt'}: its state doesn't fit this network; train without resume") from None
     print(
         f"{settings.architecture}: {count_parameters(network):,} parameters on {device} in {str(precision)[6:]}; "
         f"{len(train):,} training and {len(valid):,} validation images"

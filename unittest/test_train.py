@@ -70,6 +70,15 @@ def test_resuming_under_other_settings_is_refused_by_name(undisturbed):
         run(undisturbed[1], "resume=true", "lr=0.5")
 
 
+def test_resuming_from_another_networks_state_is_refused(undisturbed, tmp_path):
+    altered = checkpoint.load(undisturbed[1] / "checkpoint.pt", "checkpoint")
+    altered["optimizer"]["momenta"].pop()
+    altered["history"] = altered["history"][:1]
+    checkpoint.save(tmp_path / "checkpoint.pt", altered)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: its state doesn't fit"):
+        run(tmp_path, "resume=true")
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         run(tmp_path, "resume=true")
