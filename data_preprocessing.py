@@ -48,33 +48,38 @@ def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor
 
 
 def find_idx(name: str, data_path: Path) -> bytearray:
-    """The verified, decompressed contents of one IDX file, from the first source that has it whole."""
+    """The verified, decompressed contents of one IDX file, from the first source that has it whole.
+
+    Files that were passed over are named on stderr, or in the error if no source has it.
+    """
     raw = data_path / "FashionMNIST" / "raw"
-    contents = _read_verified(name, raw) or _read_verified(name, DEBIAN_FOLDER)
-    if contents:
-        return contents
-    reasons = []
-    for source, fetch in (("torchvision's download", _fetch_with_torchvision), ("Debian's archive", _fetch_with_apt)):
+    passed_over: list[str] = []
+    contents = _read_verified(name, raw, passed_over) or _read_verified(name, DEBIAN_FOLDER, passed_over)
+    sources = (("torchvision's download", _fetch_with_torchvision), ("Debian's archive", _fetch_with_apt))
+    for source, fetch in () if contents else sources:
         print(f"{name}: not in {raw}; trying {source} ...", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as folder:
             try:
                 fetched = fetch(Path(folder))
             except Exception as error:  # whatever a downloader raises, the next source is tried and the reason kept
-                reasons.append(f"{source}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+                passed_over.append(f"{source}: {' '.join(str(error).split())[:120] or type(error).__name__}")
                 continue
-            contents = _read_verified(name, fetched)
+            contents = _read_verified(name, fetched, passed_over)
             if contents:
                 _keep(fetched, raw)
-                return contents
-            reasons.append(f"{source}: the file that came is damaged")
-    raise UserError(
-        f"{name} was not found: put the four Fashion-MNIST files, gzipped or not, into {raw}, "
-        f"or set data_dir=FOLDER ({'; '.join(reasons)})"
-    )
+                break
+    if not contents:
+        raise UserError(
+            f"{name} was not found: put the four Fashion-MNIST files, gzipped or not, into {raw}, "
+            f"or set data_dir=FOLDER ({'; '.join(passed_over)})"
+        )
+    for reason in passed_over:
+        print(f"passed over {reason}", file=sys.stderr)
+    return contents
 
 
-def _read_verified(name: str, folder: Path) -> bytearray | None:
-    """Decompressed contents of `folder/name` or `folder/name.gz`; None, with a line on stderr, if none is intact."""
+def _read_verified(name: str, folder: Path, passed_over: list[str]) -> bytearray | None:
+    """Contents of `folder/name` or `folder/name.gz`, decompressed; None, with a line in `passed_over`, if neither is intact."""
     dimensions, digest = IDX_FILES[name]
     size = 4 + 4 * len(dimensions) + math.prod(dimensions)  # bytes: magic number, dimensions, one byte an element
     for path in (folder / name, folder / f"{name}.gz"):
@@ -86,11 +91,11 @@ def _read_verified(name: str, folder: Path) -> bytearray | None:
         except FileNotFoundError:
             continue
         except (OSError, zlib.error) as error:
-            print(f"{path}: not used, it can't be read ({error})", file=sys.stderr)
+            passed_over.append(f"{path}: can't be read ({error})")
             continue
         if hashlib.sha256(contents).hexdigest() == digest:
             return bytearray(contents)  # writable, so that torch can share its memory
-        print(f"{path}: not used, it is damaged (SHA-256 of the contents differs from the published files')", file=sys.stderr)
+        passed_over.append(f"{path}: is damaged, its contents' SHA-256 is not the published one")
     return None
 
 
@@ -133,7 +138,7 @@ def _keep(fetched: Path, raw: Path) -> None:
         raw.mkdir(parents=True, exist_ok=True)
         for name in IDX_FILES:
             target = raw / f"{name}.gz"
-            if target.exists() and _read_verified(name, raw) is None:
+            if target.exists() and _read_verified(name, raw, []) is None:
                 os.replace(target, f"{target}.damaged")
             if not target.exists():
                 shutil.copyfile(fetched / target.name, f"{target}.part")

@@ -116,7 +116,7 @@ def test_a_damaged_file_is_named_and_the_next_source_used(damage, suffix, data_p
 def test_a_truncated_gzip_stream_is_refused(data_path, tmp_path):
     name = "t10k-labels-idx1-ubyte"
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data.find_idx(name, data_path))[:-500])
-    assert data._read_verified(name, tmp_path) is None
+    assert data._read_verified(name, tmp_path, []) is None
 
 
 def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
@@ -126,8 +126,12 @@ def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path)
     monkeypatch.setattr(data, "_fetch_with_torchvision", no_route)
     monkeypatch.setattr(data, "_fetch_with_apt", no_route)
-    with pytest.raises(UserError, match="data_dir=FOLDER"):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"data_dir=FOLDER.*ubyte\.gz: can't be read.*no network"):
         data.load_images("train", tmp_path)
+    assert (raw / "train-images-idx3-ubyte.gz").read_bytes() == b"damaged"
 
 
 def test_fetched_files_are_verified_and_kept(data_path, tmp_path, monkeypatch):
@@ -142,7 +146,7 @@ def test_fetched_files_are_verified_and_kept(data_path, tmp_path, monkeypatch):
         patch.setattr(data, "_fetch_with_torchvision", lambda folder: (_ for _ in ()).throw(OSError("no network")))
         patch.setattr(data, "_fetch_with_apt", fetch)
         assert data.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == real_find
-    assert data._read_verified("train-labels-idx1-ubyte", tmp_path / "new" / "FashionMNIST" / "raw")
+    assert data._read_verified("train-labels-idx1-ubyte", tmp_path / "new" / "FashionMNIST" / "raw", [])
 
 
 HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
