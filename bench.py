@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> None:
             for epoch in filter(lambda number: number is not None, (ORDINARY_EPOCHS - 1, passes)):
                 seconds = [epochs[epoch][0] for epochs in theirs]
                 print(told(f"ordinary training, {epoch + 1} epochs", seconds, "s"))
-                print(told("  ratio", [theirs / mine[0] for theirs, mine in zip(seconds, ours)], "times"))
+                print(told("  ratio", [other / mine[0] for other, mine in zip(seconds, ours)], "times"))
         elif settings.part == "test":
             in_turn(settings.repeats, ["test.py", *words], ["-c", "import torch"], 0)
         elif settings.part == "memory":

@@ -133,7 +133,7 @@ def _fetch_with_apt(folder: Path) -> Path:
 
 
 def _keep(fetched: Path, raw: Path) -> None:
-    """Move the fetched gzip files into `raw`; a file of that name, damaged as it must be, stays as NAME.damaged."""
+    """Copy the fetched gzip files to `raw`; a file of that name, damaged as it must be, stays as NAME.damaged."""
     try:
         raw.mkdir(parents=True, exist_ok=True)
         for name in IDX_FILES:
