@@ -68,8 +68,7 @@ class Settings(BaseModel):
         1.0,
         gt=0,
         le=1,
-        description="share of the training images that the first epoch trains on: each step looks at "
-        "batch_size / first_share images, forward only, and trains on those with the highest loss; 1 = all",
+        description="share of the training images, drawn at random, that the first epoch visits; 1 = all",
     )
     hard_share: float = Field(
         1.0,

@@ -248,9 +248,9 @@ def epoch_order(train: torch.Tensor, count: int, image_losses: torch.Tensor, gen
     order = train[torch.randperm(len(train), generator=generator, device=train.device)]
     if count == len(train):
         return order
-    is_hard = torch.zeros(len(image_losses), dtype=torch.bool, device=train.device)
-    is_hard[train[image_losses[train].topk(count // 2).indices]] = True
-    chosen = torch.cat([order[is_hard[order]], order[~is_hard[order]][: count - count // 2]])
+    is_hard = torch.zeros(len(order), dtype=torch.bool, device=train.device)
+    is_hard[image_losses[order].topk(count // 2).indices] = True
+    chosen = torch.cat([order[is_hard], order[~is_hard][: count - count // 2]])
     return chosen[torch.randperm(count, generator=generator, device=train.device)]
 
 

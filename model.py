@@ -140,7 +140,6 @@ def train_one_epoch(
     labels: torch.Tensor,
     garments: torch.Tensor,
     *,
-    keep: int,
     mean: float,
     std: float,
     augmentations: str,
@@ -153,12 +152,10 @@ def train_one_epoch(
     """Train on `batches` of indices into `images`; mean loss, in nats, and accuracy, in 0..1, over the epoch.
 
     `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
-    head, if any, maps the network's features to the ten garments. Of a batch of more than `keep` images only the `keep`
-    with the highest loss are trained on: a look costs a third of a step (selective backpropagation, Jiang et al. 2019,
-    arXiv 1910.00762). Each image's latest loss, without the auxiliary part, is written to `image_losses` `(N,)`.
-    `before_step` is called before each step with the images trained on so far, the sum of their losses and the number
-    classified correctly (to set the learning rate and to show progress). Raises UserError, before the parameters
-    change, on a loss that is not finite.
+    head, if any, maps the network's features to the ten garments. Each image's latest loss, without the auxiliary
+    part, is written to `image_losses` `(N,)`. `before_step` is called before each step with the images trained on so
+    far, the sum of their losses and the number classified correctly (to set the learning rate and to show progress).
+    Raises UserError, before the parameters change, on a loss that is not finite.
     """
     network.train()
     device = images.device
@@ -167,14 +164,6 @@ def train_one_epoch(
     seen = 0
     for number, indices in enumerate(batches, 1):
         before_step(seen, losses, correct)
-        if len(indices) > keep:
-            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                features = network.features(normalise(images[indices], mean, std))
-                each = F.cross_entropy(network.classifier(features), labels[indices], reduction="none").float()
-                image_losses[indices] = each
-                if auxiliary is not None:
-                    each = each + auxiliary_weight * F.cross_entropy(auxiliary(features), garments[indices], reduction="none")
-            indices = indices[each.topk(keep).indices]
         x = normalise(augment(images[indices], augmentations, generator), mean, std)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             features = network.features(x)

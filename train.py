@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 from tqdm import tqdm
@@ -117,9 +118,9 @@ def main(arguments: list[str]) -> None:
     )
 
     # ---- loop ---------------------------------------------------------------------------------------------------------
-    counts = [len(train)] + [max(1, int(len(train) * settings.hard_share))] * (settings.epochs - 1)  # images, by epoch
-    looked_at = [int(settings.batch_size / settings.first_share)] + [settings.batch_size] * (settings.epochs - 1)  # a step
-    steps = [max(1, count // size) for count, size in zip(counts, looked_at)]
+    shares = [settings.first_share] + [settings.hard_share] * (settings.epochs - 1)
+    counts = [max(1, int(len(train) * share)) for share in shares]  # images, by epoch
+    steps = [max(1, count // settings.batch_size) for count in counts]
     done = sum(steps[: len(history)])
     stopped_early = False
     try:
@@ -142,11 +143,10 @@ def main(arguments: list[str]) -> None:
                     network,
                     auxiliary,
                     optimizer,
-                    batches(order, looked_at[epoch - 1]),
+                    batches(order, settings.batch_size),
                     images,
                     labels,
                     garments,
-                    keep=settings.batch_size,
                     mean=mean,
                     std=std,
                     augmentations=settings.augment,
@@ -156,6 +156,10 @@ def main(arguments: list[str]) -> None:
                     image_losses=image_losses,
                     before_step=before_step,
                 )
+            if epoch == 1 and counts[0] < len(train):  # a look at the images left out, to know which of them are hard
+                unseen = train[image_losses[train].isinf()]
+                logits = infer(network, images[unseen], mean, std, precision)
+                image_losses[unseen] = F.cross_entropy(logits, labels[unseen].cpu(), reduction="none").to(device)
             valid_loss, valid_accuracy = evaluate(infer(network, valid_images, mean, std, precision), valid_labels)
             is_best = valid_loss < best["valid_loss"]
             if is_best:

@@ -54,6 +54,17 @@ def test_a_noisy_and_unevenly_lit_background_is_still_trimmed():
     assert (view > 100).any(0).sum() >= 26 and view[:5].max() < 40
 
 
+def test_a_photograph_is_turned_to_the_side_on_which_it_looks_more_like_a_shoe():
+    saved = checkpoint.load(ROOT / "best_model.pt", "best_model")
+    network = checkpoint.rebuild(saved, ROOT / "best_model.pt")
+    views = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    turned = predict.turned_left(network, saved, views)
+    assert turned.equal(predict.turned_left(network, saved, views.flip(-1)))
+    is_same = (turned == views).all((1, 2))
+    assert is_same.any() and not is_same.all()
+    assert turned[~is_same].equal(views[~is_same].flip(-1))
+
+
 def test_a_fashion_mnist_image_is_taken_as_it_is(train_data, tmp_path):
     for number in (0, 646, 746):
         pixels = train_data[0][number, 0].numpy()

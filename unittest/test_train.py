@@ -37,6 +37,11 @@ def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
     assert without_seconds(undisturbed[0]["history"]) == without_seconds(again["history"])
 
 
+def test_images_that_the_first_epoch_leaves_out_are_looked_at(undisturbed):
+    assert undisturbed[0]["settings"]["first_share"] < 1
+    assert undisturbed[0]["image_losses"].isfinite().sum() == 600
+
+
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_an_interrupted_run_resumes_to_the_same_bits(epoch, undisturbed, tmp_path, monkeypatch, capsys):
     real, calls = train.evaluate, []
@@ -114,7 +119,7 @@ def test_best_model_has_the_lowest_validation_loss(undisturbed):
         "schedule=none",
         "schedule=cosine",
         "warmup=0.5",
-        "augment=",
+        "augment=hflip:0.5",
         "augment=shift",
         "auxiliary=0",
         "hard_share=0.4",
