@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -177,6 +178,14 @@ def class_names(output_dim: int) -> tuple[str, ...]:
 def labels_of(garments: torch.Tensor, output_dim: int) -> torch.Tensor:
     """Garments 0..9 -> the task's labels, int64: unchanged for ten classes, 1 for a shoe and 0 for the rest for two."""
     return garments if output_dim == 10 else torch.isin(garments, torch.tensor(SHOES, device=garments.device)).long()
+
+
+def labels_by_name(garments: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Labels of the task that has these classes. Raises UserError if they are not Fashion-MNIST's."""
+    for output_dim in (2, 10):
+        if tuple(names) == class_names(output_dim):
+            return labels_of(garments, output_dim)
+    raise UserError(f"this network tells {', '.join(names)}; the test images have no such labels: give it image files instead")
 
 
 def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

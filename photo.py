@@ -1,16 +1,45 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
-from config import UserError
+import checkpoint
+from config import ROOT, UserError
+from data_preprocessing import SHOES, labels_of
+from model import infer
 
 MOST_PIXELS = 100_000_000  # a larger image is refused before it is decoded
 SMALLEST_SIDE = 8  # pixels
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
+
+
+def read_photographs(paths: Sequence[Path]) -> tuple[list[np.ndarray], torch.Tensor]:
+    """Image files as they are, RGB `(H, W, 3)` each, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
+
+    Raises UserError, naming the file, if one can't be read or shows nothing.
+    """
+    images = [open_image(path) for path in paths]
+    views = np.stack([to_fashion_mnist(image, str(path)) for image, path in zip(images, paths)])
+    return [np.asarray(image) for image in images], torch.from_numpy(views)
+
+
+def turned_left(views: torch.Tensor) -> torch.Tensor:
+    """Of each view, uint8 `(N, 28, 28)`, and its mirror image the one that Task 1's network thinks more like a shoe.
+
+    Every shoe in the data set points to the left, and a network that never saw another takes most that point to the
+    right for clothes; clothes and bags look much the same both ways.
+    """
+    path = ROOT / "best_model.pt"
+    saved = checkpoint.load(path, "best_model")
+    both = torch.stack([views, views.flip(-1)])  # (2, N, 28, 28)
+    logits = infer(checkpoint.rebuild(saved, path), both.flatten(0, 1).unsqueeze(1), saved["mean"], saved["std"])
+    shoes = labels_of(torch.tensor(SHOES), saved["output_dim"]).unique()
+    return both[logits.softmax(1)[:, shoes].sum(1).view(2, -1).argmax(0), torch.arange(len(views))]
 
 
 def open_image(path: Path) -> Image.Image:

@@ -79,16 +79,49 @@ def draw_mistakes(
     """The wrongly classified images `(M, 28, 28)`, each with its index, true and predicted class and the latter's
     probability: every one up to MOST_MISTAKES, the first so many beyond."""
     shown = min(len(images), MOST_MISTAKES)
-    columns = min(max(shown, 1), 5 if shown <= 20 else 10)
-    rows = max(1, -(-shown // columns))
-    figure = Figure(figsize=(max(1.5 * columns, 4), 1.95 * rows + 0.5), layout="constrained")
     told = f"Every mistake: {shown}" if shown == len(images) else f"The {shown} most confident of {len(images)} mistakes"
-    figure.suptitle(f"{told} on the test images", fontsize=11)
+    titles = [
+        f"test {index}\n{is_}\ntaken for {seems}\n{probability:.1%}"
+        for index, is_, seems, probability in zip(indices, true, predicted, probabilities)
+    ]
+    draw_sheet(images[:shown], titles, 5 if shown <= 20 else 10, f"{told} on the test images", path)
+
+
+def draw_sheet(
+    images: np.ndarray, titles: Sequence[str], columns: int, heading: str, path: Path, colours: Sequence[str] | None = None
+) -> None:
+    """Images `(M, 28, 28)`, grey 0..255, in rows of `columns`, each under its title, in its colour if there are any."""
+    columns = min(max(len(images), 1), columns)
+    rows = max(1, -(-len(images) // columns))
+    lines = max((title.count("\n") + 1 for title in titles), default=1)
+    figure = Figure(figsize=(max(1.5 * columns, 4), (1.45 + 0.125 * lines) * rows + 0.5), layout="constrained")
+    figure.suptitle(heading, fontsize=11)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
-    for axes, image, index, is_, seems, probability in zip(grid.flat, images, indices, true, predicted, probabilities):
+    for axes, image, title, colour in zip(grid.flat, images, titles, colours or ["black"] * len(images)):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"test {index}\n{is_}\ntaken for {seems}\n{probability:.1%}", fontsize=7.5)
+        axes.set_title(title, fontsize=7.5, color=colour, parse_math=False)
+    _save(figure, path)
+
+
+def draw_accuracy_by_shots(rows: dict[str, dict[int, Sequence[float]]], heading: str, path: Path) -> None:
+    """Mean accuracy by number of support images, a line for each method in `rows[method][shots]`, the accuracies of its
+    episodes; the band of the first goes from its worst to its best episode."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, ((method, by_shots), colour) in enumerate(zip(rows.items(), (BLUE, ORANGE, GREEN, "0.5"))):
+        shots = sorted(by_shots)
+        axes.plot(shots, [np.mean(by_shots[k]) for k in shots], "o-", color=colour, markersize=4, label=method)
+        if number == 0:
+            low, high = ([extreme(by_shots[k]) for k in shots] for extreme in (min, max))
+            axes.fill_between(shots, low, high, color=colour, alpha=0.12, label="its worst to its best episode")
+    axes.set(xlabel="support images of each class", ylabel="accuracy", title=heading, xscale="log")
+    axes.set_xticks(shots, shots)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 

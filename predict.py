@@ -15,9 +15,9 @@ from torch import nn
 import checkpoint
 import plots
 from config import ROOT, Settings, UserError, load_settings, run_script
-from data_preprocessing import SHOES, labels_of, load_images
+from data_preprocessing import labels_by_name, load_images
 from model import choose_device, infer
-from photo import open_image, to_fashion_mnist
+from photo import read_photographs, turned_left
 
 
 class PredictSettings(Settings):
@@ -52,18 +52,6 @@ def _report(
     print(f"wrote {path}")
 
 
-def turned_left(network: nn.Module, saved: dict, views: torch.Tensor) -> torch.Tensor:
-    """Each photograph's view, uint8 `(M, 28, 28)`, or its mirror image: the one that looks more like a shoe.
-
-    Every shoe in the data set points to the left, and most networks take one that points to the right for clothes;
-    clothes and bags look much the same both ways.
-    """
-    both = torch.stack([views, views.flip(-1)])  # (2, M, 28, 28)
-    probabilities = infer(network, both.flatten(0, 1).unsqueeze(1), saved["mean"], saved["std"]).softmax(1)
-    is_shoe = probabilities[:, labels_of(torch.tensor(SHOES), saved["output_dim"]).unique()].sum(1)  # (2M,)
-    return both[is_shoe.view(2, -1).argmax(0), torch.arange(len(views))]
-
-
 def main(arguments: list[str]) -> None:
     words = [word for word in arguments if "=" in word.partition("/")[0] or word in ("help", "-h", "--help")]
     paths = [path if (path := Path(word)).exists() else ROOT / word for word in arguments if word not in words]
@@ -75,15 +63,12 @@ def main(arguments: list[str]) -> None:
     network = checkpoint.rebuild(saved, out / "best_model.pt").to(choose_device(settings.device))
     picture = out / "plots" / "prediction.png"
     if paths:
-        originals = [open_image(path) for path in paths]
-        views = torch.from_numpy(np.stack([to_fashion_mnist(image, str(path)) for image, path in zip(originals, paths)]))
-        views = turned_left(network, saved, views)
-        shown = [np.asarray(image) for image in originals]
-        _report(network, saved, shown, views, [path.name for path in paths], [None] * len(paths), picture)
+        originals, views = read_photographs(paths)
+        _report(network, saved, originals, turned_left(views), [path.name for path in paths], [None] * len(paths), picture)
     else:
         images, garments = load_images("t10k", settings.data_path)
         index = settings.index if settings.index >= 0 else random.randrange(len(images))
-        predict_test_image(network, saved, images, labels_of(garments, saved["output_dim"]), index, picture)
+        predict_test_image(network, saved, images, labels_by_name(garments, saved["class_names"]), index, picture)
     if settings.show:
         from PIL import Image
 

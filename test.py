@@ -14,7 +14,7 @@ import checkpoint
 import plots
 import predict
 from config import load_settings, run_script
-from data_preprocessing import labels_of, load_images
+from data_preprocessing import labels_by_name, load_images
 from metrics import calibration_error, confusion_matrix, per_class_scores, wilson_interval
 from model import choose_device, count_parameters, evaluate, infer
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     class_names = tuple(saved["class_names"])
 
     images, garments = load_images("t10k", settings.data_path)
-    labels = labels_of(garments, saved["output_dim"])
+    labels = labels_by_name(garments, class_names)
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32  # auto: the same figures everywhere
     logits = infer(network, images, saved["mean"], saved["std"], precision)
 
