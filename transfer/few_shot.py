@@ -13,11 +13,11 @@ from optimizer import Optimizer
 
 Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
 
-STRETCH = 0.3  # of the height, either way, with the sole where it is: a shaft may be high or low
+STRETCH = 0.4  # of the height, either way, with the sole where it is: a shaft may be high or low
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 VIEWS = 8  # distorted copies of each support image
-SHARPNESS = 60.0  # logit of a discriminant of 1
+SHARPNESS = 300.0  # logit of a discriminant of 1: on the pool, confidence is accuracy
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
