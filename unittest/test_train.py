@@ -119,6 +119,7 @@ def test_best_model_has_the_lowest_validation_loss(undisturbed):
         "schedule=none",
         "schedule=cosine",
         "warmup=0.5",
+        "augment=",
         "augment=hflip:0.5",
         "augment=shift",
         "auxiliary=0",

@@ -1,0 +1,226 @@
+"""Task 2: what is frozen stays, episodes are independent and repeatable, any classes work, bad folders are refused.
+
+No test evaluates on Task 2's test images: queries come from the pool, or from folders made of training images.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+from config import ROOT, UserError
+from data_preprocessing import GARMENTS
+from model import infer
+from transfer import few_shot, train_eval
+
+
+@pytest.fixture(scope="module")
+def task1():
+    return checkpoint.load(ROOT / "checkpoint.pt", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def own_shoes(train_data, tmp_path_factory):
+    """A folder as a user makes it: three classes, four images of each to learn from, five to test."""
+    folder = tmp_path_factory.mktemp("own")
+    for garment in (1, 7, 8):
+        chosen = torch.nonzero(train_data[1] == garment).flatten()[:9].tolist()
+        for number, index in enumerate(chosen):
+            path = folder / ("train" if number < 4 else "test") / GARMENTS[garment] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(train_data[0][index, 0].numpy()).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(own_shoes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ran")
+    train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}"])
+    return out
+
+
+def pixel_learner(images, rounds=3):
+    return few_shot.FisherLearner(lambda x: x.flatten(1).float() / 255, images, seed=0, shrink=0.001, rounds=rounds)
+
+
+def test_the_index_file_names_ankle_boots_and_no_image_twice(train_data):
+    parts = json.loads((ROOT / "transfer" / "shoes" / "indices.json").read_text())
+    for name in ("train", "pool"):
+        indices = parts[name]["flats"] + parts[name]["heels"]
+        assert parts[name]["split"] == "train" and (train_data[1][indices] == 9).all()
+    tested = [index for name in ("test", "extended") for label in ("flats", "heels") for index in parts[name][label]]
+    pool = parts["pool"]["flats"] + parts["pool"]["heels"]
+    assert len(set(tested)) == len(tested) == 76 and len(set(pool)) == len(pool)
+    assert min(len(parts["pool"]["flats"]), len(parts["pool"]["heels"])) >= 40
+
+
+def test_the_shoes_folders_hold_the_data_sets_pixels(train_data, data_path):
+    train_eval.write_shoes(data_path)
+    part = train_eval.read_part(train_eval.SHOES_DIR / "pool", are_photographs=False)
+    for file, image in zip(part.files, part.images):
+        assert image.equal(train_data[0][int(file.stem)])
+    assert part.classes == ("flats", "heels") and part.labels.bincount().tolist() == list(part.counts)
+
+
+def test_distorted_images_stay_images_and_differ(train_data):
+    images = train_data[0][:50]
+    distorted = few_shot.distort(images, torch.Generator().manual_seed(0))
+    assert distorted.shape == images.shape and distorted.dtype == torch.uint8
+    assert (distorted != images).flatten(1).any(1).all()
+    assert distorted.equal(few_shot.distort(images, torch.Generator().manual_seed(0)))
+
+
+def test_the_metric_shrinks_what_distortions_move_most(train_data):
+    learner = pixel_learner(train_data[0][:300])
+    values, directions = torch.linalg.eigh(learner.metric)
+    images = train_data[0][300:400]
+    moved = learner._place(few_shot.distort(images, torch.Generator()).flatten(1) / 255.0)
+    moved = (moved - learner._place(images.flatten(1) / 255.0)) @ directions
+    assert 0 < values[0] < 0.1 and values[-1] <= 1.0001
+    assert moved[:, :10].square().mean() > 100 * moved[:, -10:].square().mean()
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_an_episode_gives_the_same_layer_alone_and_among_others(rounds, train_data):
+    learner = pixel_learner(train_data[0][:200], rounds)
+    supports = learner.embed(train_data[0][200:248]).view(4, 3, 4, -1)
+    weights, biases = learner.layers(supports)
+    alone_weights, alone_biases = learner.layers(supports[2:3])
+    assert weights.shape == (4, 3, 784) and biases.shape == (4, 3)
+    assert torch.allclose(weights[2], alone_weights[0], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(biases[2], alone_biases[0], rtol=1e-3, atol=1e-3)
+
+
+def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
+    torch.manual_seed(0)
+    supports, first = torch.randn(3, 2, 4, 20), torch.nn.Linear(20, 2)
+    weights, biases = few_shot.AdamLearner(lambda x: x, first, steps=30, lr=0.01).layers(supports)
+    for episode in range(3):
+        layer = torch.nn.Linear(20, 2)
+        layer.load_state_dict(first.state_dict())
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+        for _ in range(30):
+            optimizer.zero_grad()
+            labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+            torch.nn.functional.cross_entropy(layer(supports[episode].flatten(0, 1)), labels).backward()
+            optimizer.step()
+        assert torch.allclose(weights[episode], layer.weight, atol=1e-5)
+        assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
+
+
+def test_picks_stay_in_their_class_and_none_comes_twice():
+    picks = train_eval.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
+    assert picks.shape == (50, 2, 4)
+    assert picks[:, 0].max() == 4 and picks[:, 1].min() == 5 and picks[:, 1].max() == 13
+    assert all(len(set(row)) == 4 for row in picks.flatten(0, 1).tolist())
+    assert train_eval.draw_picks((5, 9), 2, 1, None).tolist() == [[[0, 1], [5, 6]]]
+
+
+def test_supports_that_are_queries_too_do_not_count():
+    layers = torch.tensor([[[1.0], [-1.0]]]), torch.zeros(1, 2)  # class 0 if the feature is positive
+    features, labels = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.tensor([0, 1, 0, 1])
+    assert train_eval.accuracies(features, labels, layers, None) == [0.5]
+    assert train_eval.accuracies(features, labels, layers, torch.tensor([[[1], [2]]])) == [1.0]
+
+
+def test_the_kept_network_has_task_1s_convolutions_bit_for_bit_and_another_last_layer(ran, task1):
+    kept = checkpoint.load(ran / "best_model.pt", "best_model")
+    same = {name: tensor.equal(task1["parameters"][name]) for name, tensor in kept["parameters"].items() if "features" in name}
+    assert len(same) == 4 and all(same.values())
+    assert kept["parameters"]["classifier.weight"].shape == (3, 1568)
+    assert kept["class_names"] == [GARMENTS[8], GARMENTS[7], GARMENTS[1]] or kept["class_names"] == sorted(kept["class_names"])
+
+
+def test_a_frozen_tensor_that_changed_is_noticed(task1):
+    network = checkpoint.rebuild(task1, ROOT / "checkpoint.pt")
+    train_eval.freeze(network.features)
+    train_eval.check_frozen(network, task1["parameters"])
+    network.features[0].bias.data[0] += 1e-6
+    with pytest.raises(RuntimeError, match="features.0.bias"):
+        train_eval.check_frozen(network, task1["parameters"])
+
+
+def test_own_classes_are_learnt_and_the_scores_agree_with_the_kept_network(ran, own_shoes):
+    scores = json.loads((ran / "scores.json").read_text())
+    kept = checkpoint.load(ran / "best_model.pt", "best_model")
+    test = train_eval.read_part(own_shoes / "test", are_photographs=True)
+    logits = infer(checkpoint.rebuild(kept, ran), test.images, kept["mean"], kept["std"])
+    assert scores["test_images"] == 15 and scores["shots"] == 4 and scores["episodes"] == 1
+    assert scores["accuracy_mean"] == (logits.argmax(1) == test.labels).double().mean().item() >= 0.8
+    assert {"support.png", "predictions.png"} <= {path.name for path in (ran / "plots").iterdir()}
+
+
+def test_episodes_report_their_mean_and_spread_and_repeat_with_the_seed(own_shoes, tmp_path):
+    reports = []
+    for name in ("a", "b"):
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path / name}", "shots=2", "episodes=20"])
+        reports.append(json.loads((tmp_path / name / "scores.json").read_text()))
+    one = reports[0]
+    assert one["per_episode"] == reports[1]["per_episode"] and len(one["per_episode"]) == 20
+    assert one["accuracy_mean"] == pytest.approx(np.mean(one["per_episode"]))
+    assert one["accuracy_std"] == pytest.approx(np.std(one["per_episode"], ddof=1))
+    assert one["accuracy_min"] == min(one["per_episode"]) and one["accuracy_max"] == max(one["per_episode"])
+    assert set(one["other_ways"]) == {train_eval.REFERENCE, train_eval.UNTRAINED, train_eval.PIXELS}
+    assert (tmp_path / "a" / "plots" / "accuracy_by_shots.png").exists()
+
+
+def test_it_runs_inside_its_own_folder_and_choosing_reads_no_test_image(tmp_path):
+    words = ["query=pool", "episodes=5", "shots=2", f"out_dir={tmp_path}"]
+    command = [sys.executable, "train_eval.py", *words]
+    ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True, env={**os.environ})
+    assert ended.returncode == 0, ended.stderr
+    assert "accuracy on 117 images" in ended.stdout and not (tmp_path / "scores.json").exists()
+
+
+def spoil(folder, how):
+    victim = sorted((folder / "train").iterdir())[0]
+    if how == "empty class":
+        for path in victim.iterdir():
+            path.unlink()
+    elif how == "one class":
+        for path in sorted((folder / "train").iterdir())[1:]:
+            path.rename(folder / path.name)
+    elif how == "unreadable":
+        next(victim.iterdir()).write_bytes(b"no image")
+    elif how == "other classes":
+        victim.rename(victim.with_name("Zebra"))
+    elif how == "no test":
+        (folder / "test").rename(folder / "tests")
+
+
+@pytest.mark.parametrize(
+    "how, words, complaint",
+    [
+        ("empty class", [], "has no image"),
+        ("one class", [], "one class only"),
+        ("unreadable", [], "no readable image"),
+        ("other classes", [], "has the classes"),
+        ("no test", [], "has no class folders"),
+        ("nothing", ["shots=5"], "only 4 images"),
+        ("nothing", ["shots=5", "episodes=3"], "only 4 images"),
+        ("nothing", ["task1=foreign.pt"], "no such file"),
+        ("nothing", ["task1=best_model.pt"], "is no checkpoint file"),
+        ("nothing", ["unlabelled=boot"], "unlabelled=boot"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(how, words, complaint, own_shoes, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(own_shoes, tmp_path / "own")
+    spoil(folder, how)
+    with pytest.raises(UserError, match=complaint):
+        train_eval.main([f"shoes_dir={folder}", f"out_dir={tmp_path / 'out'}", *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(task1, own_shoes, tmp_path):
+    foreign = {**task1, "architecture": "vgg"}
+    checkpoint.save(tmp_path / "other.pt", foreign)
+    with pytest.raises(UserError, match="architecture=vgg"):
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={tmp_path / 'other.pt'}"])
