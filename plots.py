@@ -94,13 +94,18 @@ def draw_sheet(
     columns = min(max(len(images), 1), columns)
     rows = max(1, -(-len(images) // columns))
     lines = max((title.count("\n") + 1 for title in titles), default=1)
-    figure = Figure(figsize=(max(1.5 * columns, 4), (1.45 + 0.125 * lines) * rows + 0.5), layout="constrained")
-    figure.suptitle(heading, fontsize=11)
-    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
-        axes.axis("off")
-    for axes, image, title, colour in zip(grid.flat, images, titles, colours or ["black"] * len(images)):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(title, fontsize=7.5, color=colour, parse_math=False)
+    inch, title_height = 0.045, 2.9 * lines + 2  # an image's pixel is so wide; heights and widths below are in its pixels
+    width, height = 28 + 4, 28 + title_height
+    size = (max(columns * width * inch, 4), rows * height * inch + 0.5)
+    figure = Figure(figsize=size)
+    figure.suptitle(heading, fontsize=11, y=1 - 0.12 / size[1], va="top")
+    axes = figure.add_axes((0, 0, 1, 1 - 0.45 / size[1]))  # one for all images: a hundred would take seconds
+    for number, (image, title, colour) in enumerate(zip(images, titles, colours or ["black"] * len(images))):
+        left, top = number % columns * width + 2, number // columns * height + title_height
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + 28, top + 28, top))
+        axes.text(left + 14, top - 0.7, title, fontsize=7.5, color=colour, ha="center", va="bottom", parse_math=False)
+    axes.set(xlim=(0, columns * width), ylim=(rows * height, 0), aspect="equal")
+    axes.axis("off")
     _save(figure, path)
 
 

@@ -4,7 +4,7 @@ No test evaluates on Task 2's test images: queries come from the pool, or from f
 """
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +17,7 @@ import checkpoint
 from config import ROOT, UserError
 from data_preprocessing import GARMENTS
 from model import infer
-from transfer import few_shot, train_eval
+from transfer import few_shot, shoe_images, train_eval
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_the_index_file_names_ankle_boots_and_no_image_twice(train_data):
 
 
 def test_the_shoes_folders_hold_the_data_sets_pixels(train_data, data_path):
-    train_eval.write_shoes(data_path)
-    part = train_eval.read_part(train_eval.SHOES_DIR / "pool", are_photographs=False)
+    shoe_images.write_shoes(data_path)
+    part = shoe_images.read_part(shoe_images.SHOES_DIR / "pool", are_photographs=False)
     for file, image in zip(part.files, part.images):
         assert image.equal(train_data[0][int(file.stem)])
     assert part.classes == ("flats", "heels") and part.labels.bincount().tolist() == list(part.counts)
@@ -115,11 +115,11 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
 
 
 def test_picks_stay_in_their_class_and_none_comes_twice():
-    picks = train_eval.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
+    picks = shoe_images.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
     assert picks.shape == (50, 2, 4)
     assert picks[:, 0].max() == 4 and picks[:, 1].min() == 5 and picks[:, 1].max() == 13
     assert all(len(set(row)) == 4 for row in picks.flatten(0, 1).tolist())
-    assert train_eval.draw_picks((5, 9), 2, 1, None).tolist() == [[[0, 1], [5, 6]]]
+    assert shoe_images.draw_picks((5, 9), 2, 1, None).tolist() == [[[0, 1], [5, 6]]]
 
 
 def test_supports_that_are_queries_too_do_not_count():
@@ -134,7 +134,7 @@ def test_the_kept_network_has_task_1s_convolutions_bit_for_bit_and_another_last_
     same = {name: tensor.equal(task1["parameters"][name]) for name, tensor in kept["parameters"].items() if "features" in name}
     assert len(same) == 4 and all(same.values())
     assert kept["parameters"]["classifier.weight"].shape == (3, 1568)
-    assert kept["class_names"] == [GARMENTS[8], GARMENTS[7], GARMENTS[1]] or kept["class_names"] == sorted(kept["class_names"])
+    assert kept["class_names"] == ["Bag", "Sneaker", "Trouser"]
 
 
 def test_a_frozen_tensor_that_changed_is_noticed(task1):
@@ -142,14 +142,14 @@ def test_a_frozen_tensor_that_changed_is_noticed(task1):
     train_eval.freeze(network.features)
     train_eval.check_frozen(network, task1["parameters"])
     network.features[0].bias.data[0] += 1e-6
-    with pytest.raises(RuntimeError, match="features.0.bias"):
+    with pytest.raises(RuntimeError, match=r"features\.0\.bias"):
         train_eval.check_frozen(network, task1["parameters"])
 
 
 def test_own_classes_are_learnt_and_the_scores_agree_with_the_kept_network(ran, own_shoes):
     scores = json.loads((ran / "scores.json").read_text())
     kept = checkpoint.load(ran / "best_model.pt", "best_model")
-    test = train_eval.read_part(own_shoes / "test", are_photographs=True)
+    test = shoe_images.read_part(own_shoes / "test", are_photographs=True)
     logits = infer(checkpoint.rebuild(kept, ran), test.images, kept["mean"], kept["std"])
     assert scores["test_images"] == 15 and scores["shots"] == 4 and scores["episodes"] == 1
     assert scores["accuracy_mean"] == (logits.argmax(1) == test.labels).double().mean().item() >= 0.8
@@ -163,6 +163,7 @@ def test_episodes_report_their_mean_and_spread_and_repeat_with_the_seed(own_shoe
         reports.append(json.loads((tmp_path / name / "scores.json").read_text()))
     one = reports[0]
     assert one["per_episode"] == reports[1]["per_episode"] and len(one["per_episode"]) == 20
+    assert len(set(one["per_episode"])) > 1  # other supports, another layer
     assert one["accuracy_mean"] == pytest.approx(np.mean(one["per_episode"]))
     assert one["accuracy_std"] == pytest.approx(np.std(one["per_episode"], ddof=1))
     assert one["accuracy_min"] == min(one["per_episode"]) and one["accuracy_max"] == max(one["per_episode"])
@@ -173,9 +174,9 @@ def test_episodes_report_their_mean_and_spread_and_repeat_with_the_seed(own_shoe
 def test_it_runs_inside_its_own_folder_and_choosing_reads_no_test_image(tmp_path):
     words = ["query=pool", "episodes=5", "shots=2", f"out_dir={tmp_path}"]
     command = [sys.executable, "train_eval.py", *words]
-    ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True, env={**os.environ})
+    ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "accuracy on 117 images" in ended.stdout and not (tmp_path / "scores.json").exists()
+    assert "accuracy on 117 images" in ended.stdout and not list(tmp_path.iterdir())
 
 
 def spoil(folder, how):
@@ -210,8 +211,6 @@ def spoil(folder, how):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(how, words, complaint, own_shoes, tmp_path):
-    import shutil
-
     folder = shutil.copytree(own_shoes, tmp_path / "own")
     spoil(folder, how)
     with pytest.raises(UserError, match=complaint):
