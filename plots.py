@@ -14,6 +14,7 @@ from checkpoint import write_atomically
 
 MOST_MISTAKES = 100  # in one picture
 MOST_PREDICTIONS = 20  # rows in one picture
+MOST_IN_SHEET = 200  # images in one picture
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 
 
@@ -90,7 +91,10 @@ def draw_mistakes(
 def draw_sheet(
     images: np.ndarray, titles: Sequence[str], columns: int, heading: str, path: Path, colours: Sequence[str] | None = None
 ) -> None:
-    """Images `(M, 28, 28)`, grey 0..255, in rows of `columns`, each under its title, in its colour if there are any."""
+    """Images `(M, 28, 28)`, grey 0..255, up to MOST_IN_SHEET, in rows of `columns`, each under its title, in its colour
+    if there are any."""
+    if len(images) > MOST_IN_SHEET:
+        images, heading = images[:MOST_IN_SHEET], f"{heading} (the first {MOST_IN_SHEET} are shown)"
     columns = min(max(len(images), 1), columns)
     rows = max(1, -(-len(images) // columns))
     lines = max((title.count("\n") + 1 for title in titles), default=1)
