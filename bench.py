@@ -30,7 +30,7 @@ ORDINARY_EPOCHS = 10  # the reference's number
 
 class BenchSettings(Settings):
     part: Literal["train", "test", "memory", "valid", "accuracy"] = Field("train", description="what to measure")
-    repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds for part=accuracy")
+    repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds")
 
 
 def run(*command: str) -> tuple[float, float]:

@@ -46,7 +46,9 @@ class Settings(BaseModel):
     architecture: Literal["cnn"] = Field("cnn", description="the network, as model.py names it")
     output_dim: Literal[2, 10] = Field(2, description="classes: 2 = clothes or shoe, 10 = the garments")
     valid_ratio: float = Field(0.1, gt=0, lt=1, description="share of the training images kept for validation")
-    epochs: int = Field(6, ge=1, le=100_000, description="passes over the training images (see hard_share)")
+    epochs: int = Field(
+        6, ge=1, le=100_000, description="passes over the training images, or a share of them (see first_share, hard_share)"
+    )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has Nesterov momentum 0.9")
     lr: float = Field(0.02, gt=0, description="peak of the schedule, per step")
     weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")

@@ -45,7 +45,7 @@ def draw_curves(history_path: Path, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False)
+    accuracy.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 

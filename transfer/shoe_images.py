@@ -59,7 +59,7 @@ def read_part(folder: Path, are_photographs: bool) -> Part | None:
             raise UserError(f"{label}: has no image; put some there, or remove the folder")
     counts = tuple(map(len, files))
     files = [path for its_files in files for path in its_files]
-    views = read_photographs(files)[1]
+    views = torch.cat([read_photographs([path])[1] for path in files])  # one at a time: a phone's photograph is large
     images = (turned_left(views) if are_photographs else views).unsqueeze(1)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     return Part(tuple(path.name for path in classes), counts, files, images, labels)

@@ -156,7 +156,8 @@ def main(arguments: list[str]) -> None:
     # ---- the network that is kept: its last layer comes from train/ ------------------------------------------------------
     ours = learners[OURS]
     picks = draw_picks(parts[support].counts, shots, 1, None)
-    weights, biases = ours.layers(ours.embed(parts[support].images)[picks])
+    supports = embedded[OURS] if support == drawn else ours.embed(parts[support].images)
+    weights, biases = ours.layers(supports[picks])
     network = network.cpu()
     network.classifier = nn.Linear(weights.shape[2], len(classes))
     network.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
