@@ -12,10 +12,10 @@ from torch import nn
 from config import UserError
 from model import build
 
-NETWORK_KEYS = {"architecture", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
+NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
 KEYS = {  # what a file must hold to be of its kind
     "best_model": NETWORK_KEYS,
-    "checkpoint": NETWORK_KEYS | {"settings", "auxiliary", "optimizer", "history", "best", "stopped_early", "random"},
+    "checkpoint": NETWORK_KEYS | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random"},
 }
 
 
@@ -74,7 +74,7 @@ def load(path: Path, kind: str) -> dict:
 def rebuild(contents: dict, path: Path) -> nn.Module:
     """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
     try:
-        network = build(contents["architecture"], contents["output_dim"])
+        network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])
         network.load_state_dict(contents["parameters"])
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{path}: its parameters don't fit the network that it names; train again") from None

@@ -13,13 +13,19 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here, not in the current folder
 
 AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of mirroring left to right"),
+    "vflip": (0.5, 1, "probability of mirroring top to bottom"),
+    "rotate": (10, 180, "degrees, at most, either way"),
     "shift": (2, 14, "pixels, at most, in each direction"),
+    "crop": (0.2, 0.9, "share of the side cut away, at most; the rest is enlarged"),
+    "noise": (10, 255, "standard deviation, in grey levels"),
+    "blur": (1, 5, "pixels, standard deviation of the strongest"),
+    "erase": (0.5, 1, "probability of a rectangle of noise"),
 }
 
 
@@ -43,15 +49,41 @@ class Settings(BaseModel):
     batch_size: int = Field(128, ge=1, le=60_000, description="images a training step")
     limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
 
-    architecture: Literal["cnn"] = Field("cnn", description="the network, as model.py names it")
+    architecture: Literal["cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18"] = Field(
+        "cnn", description="the network, as model.py names it"
+    )
+    pretrained: bool = Field(False, description="resnet18 starts from torchvision's ImageNet weights, which are downloaded")
+    dropout: float = Field(-1.0, ge=-1, lt=1, description="probability in every dropout layer; -1 = the network's own")
+    activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = Field(
+        "relu", description="the network's non-linearity"
+    )
+    init: Literal["default", "he", "xavier", "orthogonal"] = Field(
+        "default", description="of convolutions' and linear layers' weights; default = PyTorch's"
+    )
     output_dim: Literal[2, 10] = Field(2, description="classes: 2 = clothes or shoe, 10 = the garments")
+    scaling: Literal["standard", "symmetric"] = Field(
+        "standard", description="of the pixels: mean 0 and standard deviation 1 over the training images, or -1 to 1"
+    )
     valid_ratio: float = Field(0.1, gt=0, lt=1, description="share of the training images kept for validation")
+    folds: int = Field(
+        0, ge=0, le=100, description="K > 1: cross-validation, K networks, each validated on its own K-th; 0 = none"
+    )
+    runs: int = Field(
+        1, ge=1, le=100, description="N networks, each with its own split and seed; the lowest validation loss is kept"
+    )
     epochs: int = Field(
         6, ge=1, le=100_000, description="passes over the training images, or a share of them (see first_share, hard_share)"
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has Nesterov momentum 0.9")
     lr: float = Field(0.02, gt=0, description="peak of the schedule, per step")
     weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target given to all classes alike")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the weights' moving average that stays at each step; it is what is validated and kept; 0 = none",
+    )
     schedule: Literal["none", "cosine", "one_cycle", "plateau"] = Field(
         "one_cycle",
         description="none = constant; cosine and one_cycle = warm-up, then down to 0 along a cosine or a line; "
@@ -86,6 +118,21 @@ class Settings(BaseModel):
     def _known_augmentations(cls, text: str) -> str:
         parse_augment(text)
         return text
+
+    @field_validator("folds")
+    @classmethod
+    def _several_folds(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold would leave nothing to train on")
+        return folds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.folds and self.runs > 1:
+            raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
+        if self.pretrained and self.architecture != "resnet18":
+            raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
+        return self
 
     @property
     def out_path(self) -> Path:
@@ -168,6 +215,8 @@ def _typed(settings_type: type[Settings], key: str, text: str) -> object:
 
 
 def _explain(problem: dict, settings_type: type[Settings]) -> str:
+    if not problem["loc"]:  # of two settings together
+        return problem["msg"].removeprefix("Value error, ")
     key, given = str(problem["loc"][0]), problem["input"]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, settings_type.model_fields, n=1, cutoff=0)[0]

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from config import UserError, parse_augment
+from config import UserError
 
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SHOES = (5, 7, 9)  # the garments that are shoes
@@ -207,6 +206,18 @@ def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tupl
     return train[torch.randperm(len(train), generator=generator)], torch.cat(valid).sort().values
 
 
+def fold_indices(garments: torch.Tensor, folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each fold of a cross-validation what `split_indices` gives: every image validates once."""
+    from sklearn.model_selection import StratifiedKFold  # here: it takes a second to import
+
+    rounds = StratifiedKFold(folds, shuffle=True, random_state=seed).split(garments, garments)
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.from_numpy(train)[torch.randperm(len(train), generator=generator)], torch.from_numpy(valid))
+        for train, valid in rounds
+    ]
+
+
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,25 +237,6 @@ def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     """uint8 `(N, 1, 28, 28)` -> float32 with mean 0 and standard deviation 1 over the training set, channels last."""
     pixels = images.float().mul_(1 / (255 * std)).sub_(mean / std)
     return pixels.contiguous(memory_format=torch.channels_last)
-
-
-def augment(images: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
-    """Each uint8 image changed by chance, as `augmentations` says ("hflip:0.5,shift:2"); whole batches on the device."""
-    for name, strength in parse_augment(augmentations).items():
-        images = {"hflip": _hflip, "shift": _shift}[name](images, strength, generator)
-    return images
-
-
-def _hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    chosen = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
-    return torch.where(chosen, images.flip(-1), images)
-
-
-def _shift(images: torch.Tensor, pixels: float, generator: torch.Generator) -> torch.Tensor:
-    reach = int(pixels)
-    row, column = torch.randint(2 * reach + 1, (2, len(images)), generator=generator, device=images.device)
-    windows = F.pad(images, [reach] * 4).squeeze(1).unfold(1, 28, 1).unfold(2, 28, 1)  # (N, 2r+1, 2r+1, 28, 28), a view
-    return windows[torch.arange(len(images), device=images.device), row, column].unsqueeze(1)
 
 
 def epoch_order(train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -4,6 +4,7 @@ scikit-learn has the same figures, and the tests compare with them; importing it
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -35,10 +36,21 @@ def per_class_scores(confusion: torch.Tensor, class_names: tuple[str, ...]) -> d
     return scores
 
 
-def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error, in 0..1: mean distance between confidence and accuracy over equal bins of confidence,
-    weighted by their images. Guo et al. 2017, arXiv 1706.04599, equation 3."""
+class Calibration(NamedTuple):
+    """Predictions in bins of equal confidence, bin m of M holding ((m - 1) / M, m / M]."""
+
+    counts: list[int]
+    confidences: list[float]  # mean of each bin, 0 where it is empty
+    accuracies: list[float]
+    error: float  # expected calibration error, in 0..1: mean distance of the two, weighted by the bins' counts
+
+
+def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> Calibration:
+    """Of probabilities `(N, C)` and labels `(N,)`. Guo et al. 2017, arXiv 1706.04599, section 2 and equation 3."""
     confidence, predicted = probabilities.double().max(1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin m holds ((m - 1) / bins, m / bins]
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence - (predicted == labels).double())
-    return gap.abs().sum().item() / len(labels)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts = torch.bincount(place, minlength=bins)
+    sums = [torch.bincount(place, weights, bins) for weights in (confidence, (predicted == labels).double())]
+    confidences, accuracies = (total / counts.clamp(1) for total in sums)
+    error = (counts * (confidences - accuracies).abs()).sum().item() / len(labels)
+    return Calibration(counts.tolist(), confidences.tolist(), accuracies.tolist(), error)

@@ -1,68 +1,278 @@
 """The networks, and what is done with one: freeze, infer, evaluate, train for an epoch.
 
-CNN (Task 1), input `(N, 1, 28, 28)` normalised float32:
-
-    layer        output            parameters
-    conv1 5x5    (N, 16, 28, 28)          416   padding 2
-    pool, ReLU   (N, 16, 14, 14)            0
-    conv2 5x5    (N, 32, 14, 14)       12,832   padding 2
-    pool, ReLU   (N, 32, 7, 7)              0
-    classifier   (N, 2)                 3,138   32 * 7 * 7 = 1,568 features
-                                       16,386
+Each network is two parts: `features` maps normalised float32 images `(N, 1, 28, 28)` to `(N, D)`, `classifier`, one
+linear layer, maps those to logits `(N, output_dim)`. Task 2 freezes the first, the pictures of features show its output.
 """
 
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError
-from data_preprocessing import augment, normalise
-from optimizer import Optimizer
+from augmentation import augment
+from config import Settings, UserError
+from data_preprocessing import normalise
 
 # ---- networks --------------------------------------------------------------------------------------------------------
+# Max-pooling stands before the ReLU, which then has a quarter of the work and the same result. Every network has a
+# dropout layer before its classifier, if only with probability 0, so that `dropout` means something for each.
 
 
-class CNN(nn.Module):
-    """Two 5x5 convolutions and one fully connected layer. `features` is the part that Task 2 freezes."""
-
-    def __init__(self, output_dim: int):
+class Network(nn.Module):
+    def __init__(self, features: nn.Sequential, feature_dim: int, output_dim: int):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, padding=2),
-            nn.MaxPool2d(2),  # 28 -> 14; before the ReLU, which then has a quarter of the work and the same result
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 5, padding=2),
-            nn.MaxPool2d(2),  # 14 -> 7
-            nn.ReLU(),
-            nn.Flatten(),  # (N, 32, 7, 7) -> (N, 1568)
-        )
-        self.classifier = nn.Linear(32 * 7 * 7, output_dim)
+        self.features = features
+        self.classifier = nn.Linear(feature_dim, output_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x))
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {"cnn": CNN}
+def cnn(output_dim: int) -> Network:
+    """Task 1's: two 5x5 convolutions. 16,386 parameters for two classes, 28,938 for ten."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.MaxPool2d(2),  # 28 -> 14
+        nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.MaxPool2d(2),  # 14 -> 7
+        nn.ReLU(inplace=True),
+        nn.Flatten(),  # (N, 32, 7, 7) -> (N, 1568)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 32 * 7 * 7, output_dim)
 
 
-def build(architecture: str, output_dim: int) -> nn.Module:
-    """A network with fresh parameters, channels last. Raises UserError for a name that NETWORKS lacks."""
+def mlp(output_dim: int) -> Network:
+    """Fully connected (System 3). 235,146 parameters."""
+    features = nn.Sequential(
+        nn.Flatten(),  # (N, 1, 28, 28) -> (N, 784)
+        nn.Linear(28 * 28, 256),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.0),
+        nn.Linear(256, 128),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.0),
+    )
+    return Network(features, 128, output_dim)
+
+
+def deep_cnn(output_dim: int) -> Network:
+    """System 2, version A. 243,786 parameters."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 64, 3),
+        nn.MaxPool2d(2),  # 26 -> 13
+        nn.ReLU(inplace=True),
+        nn.Conv2d(64, 64, 3),
+        nn.MaxPool2d(2),  # 11 -> 5
+        nn.ReLU(inplace=True),
+        nn.Flatten(),  # (N, 64, 5, 5) -> (N, 1600)
+        nn.Linear(64 * 5 * 5, 128),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.2),
+    )
+    return Network(features, 128, output_dim)
+
+
+def deep_cnn_dropout(output_dim: int) -> Network:
+    """System 2, version B, against overfitting. 225,034 parameters."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 32, 3),
+        nn.MaxPool2d(2),  # 26 -> 13
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.25),
+        nn.Conv2d(32, 64, 3),
+        nn.MaxPool2d(2),  # 11 -> 5
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3),
+        nn.Flatten(),  # (N, 64, 5, 5) -> (N, 1600)
+        nn.Linear(64 * 5 * 5, 128),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3),
+    )
+    return Network(features, 128, output_dim)
+
+
+def compact_cnn(output_dim: int) -> Network:
+    """System 4: at most 100,000 parameters; 98,442."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.MaxPool2d(2),  # 28 -> 14
+        nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.MaxPool2d(2),  # 14 -> 7
+        nn.ReLU(inplace=True),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.MaxPool2d(2),  # 7 -> 3
+        nn.ReLU(inplace=True),
+        nn.Flatten(),  # (N, 64, 3, 3) -> (N, 576)
+        nn.Linear(64 * 3 * 3, 128),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.0),
+    )
+    return Network(features, 128, output_dim)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. He et al. 2016,
+    arXiv 1512.03385, section 3.2 and option B."""
+
+    def __init__(self, channels: int, output_channels: int, stride: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(output_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(output_channels, output_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(output_channels),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1 or channels != output_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, output_channels, 1, stride, bias=False), nn.BatchNorm2d(output_channels)
+            )
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.residual(x).add_(self.shortcut(x)))
+
+
+def resnet8(output_dim: int) -> Network:
+    """System 5's, from scratch. 77,754 parameters."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        ResidualBlock(16, 16, stride=1),  # 28
+        ResidualBlock(16, 32, stride=2),  # 28 -> 14
+        ResidualBlock(32, 64, stride=2),  # 14 -> 7
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),  # (N, 64, 1, 1) -> (N, 64)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 64, output_dim)
+
+
+def resnet18(output_dim: int) -> Network:
+    """torchvision's, with one input channel. 11,175,370 parameters."""
+    from torchvision.models import resnet18  # here, because torchvision takes a second to import
+
+    theirs = resnet18()
+    features = nn.Sequential(
+        nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False),  # 28 -> 14
+        theirs.bn1,
+        theirs.relu,
+        theirs.maxpool,  # 14 -> 7
+        theirs.layer1,
+        theirs.layer2,  # 7 -> 4
+        theirs.layer3,  # 4 -> 2
+        theirs.layer4,  # 2 -> 1
+        theirs.avgpool,
+        nn.Flatten(),  # (N, 512, 1, 1) -> (N, 512)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 512, output_dim)
+
+
+NETWORKS: dict[str, Callable[[int], Network]] = {
+    network.__name__: network for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet18)
+}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+INITS = {  # of convolutions' and linear layers' weights; their biases then start from 0
+    "he": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+    "xavier": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def build(
+    architecture: str, output_dim: int, *, dropout: float = -1.0, activation: str = "relu", init: str = "default"
+) -> Network:
+    """A network with fresh parameters, channels last. Raises UserError for a name that NETWORKS lacks.
+
+    `dropout` is the probability in all its dropout layers, -1 leaves the network's own; `init="default"` is PyTorch's.
+    """
     if architecture not in NETWORKS:
         raise UserError(f"architecture={architecture}: there is no such network; known: {', '.join(NETWORKS)}")
-    return NETWORKS[architecture](output_dim).to(memory_format=torch.channels_last)
+    network = NETWORKS[architecture](output_dim)
+    for parent in list(network.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.ReLU):
+                setattr(parent, name, ACTIVATIONS[activation]())
+            elif isinstance(layer, nn.Dropout) and dropout >= 0:
+                layer.p = dropout
+            elif isinstance(layer, nn.Conv2d | nn.Linear) and init != "default":
+                INITS[init](layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+    return network.to(memory_format=torch.channels_last)
+
+
+def load_imagenet(network: Network) -> None:
+    """Give a `resnet18` network ImageNet's features. The first filters are summed over colour: what they then say of a
+    grey image is what they would say of it in RGB. Raises UserError if the weights can't be fetched."""
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    theirs = resnet18()
+    try:
+        theirs.load_state_dict(ResNet18_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:  # whatever a downloader raises
+        raise UserError(
+            f"pretrained=true: torchvision can't fetch its ImageNet weights ({error}); use pretrained=false"
+        ) from None
+    theirs.conv1.weight = nn.Parameter(theirs.conv1.weight.sum(1, keepdim=True))  # (64, 3, 7, 7) -> (64, 1, 7, 7)
+    for mine, layer in zip(network.features, list(theirs.children())[:-1]):
+        mine.load_state_dict(layer.state_dict())
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+class Layer(NamedTuple):
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # without the batch dimension
+    parameters: int
+    multiply_adds: int  # of an image, convolutions and linear layers only
+
+
+@torch.inference_mode()
+def layers(network: nn.Module) -> list[Layer]:
+    """The network's layers in the order in which an image passes them."""
+    passed, hooks = [], []
+    for name, module in network.named_modules():
+        if not list(module.children()):
+
+            def note(module, _, output, name=name):
+                shape = tuple(output.shape[1:])
+                positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else isinstance(module, nn.Linear)
+                weights = module.weight.numel() * positions if positions else 0
+                passed.append(Layer(name, type(module).__name__, shape, count_parameters(module), weights))
+
+            hooks.append(module.register_forward_hook(note))
+    was_training = network.training
+    network.eval()(torch.zeros(1, 1, 28, 28, device=next(network.parameters()).device))
+    network.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return passed
 
 
 def freeze(part: nn.Module) -> nn.Module:
     """No gradients, and evaluation mode, so that statistics of normalisation layers stand still too."""
     return part.requires_grad_(False).eval()
-
-
-def count_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 # ---- device and precision --------------------------------------------------------------------------------------------
@@ -132,29 +342,27 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
 
 
 def train_one_epoch(
-    network: nn.Module,
+    network: Network,
     auxiliary: nn.Module | None,
-    optimizer: Optimizer,
     batches: Iterable[torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor,
     garments: torch.Tensor,
+    settings: Settings,
     *,
     mean: float,
     std: float,
-    augmentations: str,
-    auxiliary_weight: float,
     precision: torch.dtype,
     generator: torch.Generator,
     image_losses: torch.Tensor,
-    before_step: Callable[[int, torch.Tensor, torch.Tensor], None],
+    step: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> tuple[float, float]:
-    """Train on `batches` of indices into `images`; mean loss, in nats, and accuracy, in 0..1, over the epoch.
+    """Train on `batches` of indices into `images`; mean cross-entropy, in nats, and accuracy, in 0..1, over the epoch.
 
     `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
-    head, if any, maps the network's features to the ten garments. Each image's latest loss, without the auxiliary
-    part, is written to `image_losses` `(N,)`. `before_step` is called before each step with the images trained on so
-    far, the sum of their losses and the number classified correctly (to set the learning rate and to show progress).
+    head, if any, maps the network's features to the ten garments. Each image's latest cross-entropy is written to
+    `image_losses` `(N,)`. `step`, called when the gradients are there, moves the parameters and removes the gradients;
+    it is told the number of images so far, the sum of their losses and the number classified correctly.
     Raises UserError, before the parameters change, on a loss that is not finite.
     """
     network.train()
@@ -163,23 +371,32 @@ def train_one_epoch(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     seen = 0
     for number, indices in enumerate(batches, 1):
-        before_step(seen, losses, correct)
-        x = normalise(augment(images[indices], augmentations, generator), mean, std)
+        x = normalise(augment(images[indices], settings.augment, generator), mean, std)
+        target = labels[indices]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             features = network.features(x)
             logits = network.classifier(features)
-            each = F.cross_entropy(logits, labels[indices], reduction="none")
+            each = F.cross_entropy(logits, target, reduction="none")
             loss = each.mean()
+            if settings.label_smoothing:
+                loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
             if auxiliary is not None:
-                loss = loss + auxiliary_weight * F.cross_entropy(auxiliary(features), garments[indices])
+                loss = loss + settings.auxiliary * F.cross_entropy(auxiliary(features), garments[indices])
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in batch {number}; a smaller lr may help")
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         each = each.detach().float()
         image_losses[indices] = each
         losses += each.sum()
-        correct += (logits.argmax(1) == labels[indices]).sum()
+        correct += (logits.argmax(1) == target).sum()
         seen += len(indices)
+        step(seen, losses, correct)
     return losses.item() / seen, correct.item() / seen
+
+
+@torch.no_grad()
+def average_into(averaged: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the averaged network's parameters and statistics towards the network's, keeping `share` of them."""
+    for mean, latest in zip(averaged.state_dict().values(), network.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(latest, 1 - share)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from checkpoint import write_atomically
 
@@ -26,26 +27,58 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def draw_curves(history_path: Path, path: Path) -> None:
-    """Loss (log scale) and error rate of training and validation by epoch, the best epoch marked."""
-    settings, *epochs = [json.loads(line) for line in history_path.read_text().splitlines()]
+    """Loss (log scale) and accuracy of training and validation by epoch, the best epoch marked; of several runs or folds
+    the mean, in a band from the lowest to the highest."""
+    settings, *history = [json.loads(line) for line in history_path.read_text().splitlines()]
+    runs = settings["folds"] or settings["runs"]
     trained_on = "training" if settings["first_share"] == settings["hard_share"] == 1 else "training (on the harder images)"
-    number = [epoch["epoch"] for epoch in epochs]
-    best = min(epochs, key=lambda epoch: epoch["valid_loss"])
+    best = min(history, key=lambda line: line["valid_loss"])
+    numbers = sorted({line["epoch"] for line in history})
     figure = Figure(figsize=(9, 3.6))
     loss, accuracy = figure.subplots(1, 2)
     figure.subplots_adjust(0.08, 0.14, 0.98, 0.9, wspace=0.25)  # a computed layout would draw everything twice
-    for part, colour, label in (("train", ORANGE, trained_on), ("valid", BLUE, "validation")):
-        loss.plot(number, [epoch[f"{part}_loss"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
-        accuracy.plot(number, [epoch[f"{part}_accuracy"] for epoch in epochs], "o-", color=colour, markersize=3, label=label)
-    loss.set(yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
-    accuracy.set(xlabel="epoch", ylabel="accuracy", title="Accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    for axes in (loss, accuracy):
-        axes.axvline(best["epoch"], color="0.7", linestyle=":", label=f"best (epoch {best['epoch']})")
+    for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
+        for part, colour, label in (("train", ORANGE, trained_on), ("valid", BLUE, "validation")):
+            by_epoch = [[line[f"{part}_{quantity}"] for line in history if line["epoch"] == number] for number in numbers]
+            means = [np.mean(values) for values in by_epoch]
+            axes.plot(numbers, means, "o-" if len(numbers) < 30 else "-", color=colour, markersize=3, label=label)
+            if runs > 1:
+                axes.fill_between(numbers, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, lw=0)
+        told = f"best (run {best['run']}, epoch {best['epoch']})" if runs > 1 else f"best (epoch {best['epoch']})"
+        axes.axvline(best["epoch"], color="0.7", linestyle=":", label=told)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    of = "" if runs == 1 else f" of {runs} {'folds' if settings['folds'] else 'runs'}"
+    loss.set(yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)", title=f"Loss{of}")
+    loss.yaxis.set_major_formatter(LogFormatter())  # 0.5, not 5 x 10^-1
+    loss.yaxis.set_minor_formatter(LogFormatter())
+    accuracy.set(xlabel="epoch", ylabel="accuracy", title=f"Accuracy{of}")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     accuracy.legend(frameon=False, loc="lower right")
+    _save(figure, path)
+
+
+def draw_classes(counts: dict[str, Sequence[int]], class_names: Sequence[str], levels: np.ndarray, path: Path) -> None:
+    """Images of each class in each part, and how often each grey level 0..255 occurs, `levels` `(256,)`."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    bars, histogram = figure.subplots(1, 2)
+    height = 0.8 / len(counts)
+    for number, ((part, values), colour) in enumerate(zip(counts.items(), (BLUE, ORANGE, GREEN))):
+        places = np.arange(len(class_names)) + (number - (len(counts) - 1) / 2) * height
+        bars.barh(places, values, height, color=colour, label=f"{part} ({sum(values):,})")
+    bars.set_yticks(range(len(class_names)), class_names)
+    bars.invert_yaxis()
+    bars.set(xlabel="images", title="Classes")
+    bars.xaxis.set_major_formatter("{x:,.0f}")
+    bars.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=len(counts))
+    histogram.bar(range(256), levels / levels.sum(), width=1, color=BLUE)
+    histogram.set(yscale="log", xlabel="grey level", ylabel="share of all pixels", title="Grey levels of the training images")
+    histogram.yaxis.set_major_formatter("{x:.1%}")
+    for axes in (bars, histogram):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="x" if axes is bars else "y")
+        axes.set_axisbelow(True)
     _save(figure, path)
 
 
@@ -110,6 +143,66 @@ def draw_sheet(
         axes.text(left + 14, top - 0.7, title, fontsize=7.5, color=colour, ha="center", va="bottom", parse_math=False)
     axes.set(xlim=(0, columns * width), ylim=(rows * height, 0), aspect="equal")
     axes.axis("off")
+    _save(figure, path)
+
+
+def draw_features(
+    points: np.ndarray,
+    shares: Sequence[float],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    images: np.ndarray,
+    path: Path,
+) -> None:
+    """Points `(N, 2)` coloured by class, and as many of the images `(N, 28, 28)` at their points as don't overlap.
+
+    `shares`: of the features' variance, in 0..1, that each of the two axes shows.
+    """
+    side, room = 1_100, 32  # pixels of the raster that holds the images, and from one image to the next
+    low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few outliers would squeeze all others together
+    places = ((points - low) / (high - low) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): left to right, top to bottom
+    colours = (np.array(colormaps["tab10"].colors) * 0.85)[: len(class_names)]
+    raster, taken = np.zeros((side, side, 4)), np.full((1, 2), -np.inf)
+    for place, label, image in zip(places, labels, images / 255):
+        if (place >= 0).all() and (place <= side - 28).all() and (np.abs(taken - place).max(1) >= room).all():
+            taken = np.vstack([taken, place])
+            left, top = place.astype(int)
+            raster[top : top + 28, left : left + 28, :3] = colours[label] * (0.3 + 0.7 * image[:, :, None])
+            raster[top : top + 28, left : left + 28, 3] = image > 0.04
+    figure = Figure(figsize=(9, 9.2), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*(places + 14).T, s=3, c=colours[labels], alpha=0.25, lw=0)
+    axes.imshow(raster, extent=(0, side, side, 0), interpolation="none")
+    for name, colour in zip(class_names, colours):
+        axes.scatter([], [], color=colour, label=name)
+    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[], title="Features before the last layer, in two dimensions")
+    axes.set(xlabel=f"first principal component, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=5)
+    _save(figure, path)
+
+
+def draw_reliability(
+    counts: Sequence[int], confidences: Sequence[float], accuracies: Sequence[float], error: float, path: Path
+) -> None:
+    """How often predictions of each confidence are right: bins of equal width, their images, mean confidence and accuracy."""
+    bins = len(counts)
+    middles = (np.arange(bins) + 0.5) / bins
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    right, many = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    right.bar(middles, accuracies, 0.9 / bins, color=BLUE, label="accuracy")
+    is_used = np.array(counts) > 0
+    right.plot(
+        np.array(confidences)[is_used], np.array(accuracies)[is_used], "o", color=ORANGE, markersize=4, label="mean confidence"
+    )
+    right.plot([0, 1], [0, 1], ":", color="0.4", label="as sure as right")
+    right.set(ylim=(0, 1), ylabel="accuracy", title=f"Reliability: calibration error {error:.2%}")
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.legend(frameon=False, loc="upper left")
+    many.bar(middles, counts, 0.9 / bins, color="0.6")
+    many.set(xlim=(0, 1), yscale="log", xlabel="confidence", ylabel="images")
+    many.xaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (right, many):
+        axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

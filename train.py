@@ -5,8 +5,10 @@ loss), history.jsonl and plots/curves.png into out_dir. `resume=true` goes on fr
 not touched.
 """
 
+import copy
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -18,8 +20,18 @@ from tqdm import tqdm
 
 import checkpoint
 from config import Settings, UserError, load_settings, run_script
-from data_preprocessing import batches, class_names, epoch_order, labels_of, load_images, mean_and_std, split_indices
+from data_preprocessing import (
+    batches,
+    class_names,
+    epoch_order,
+    fold_indices,
+    labels_of,
+    load_images,
+    mean_and_std,
+    split_indices,
+)
 from model import (
+    average_into,
     build,
     choose_device,
     choose_precision,
@@ -27,6 +39,8 @@ from model import (
     evaluate,
     infer,
     keep_freed_memory,
+    layers,
+    load_imagenet,
     train_one_epoch,
 )
 from optimizer import Optimizer
@@ -67,6 +81,175 @@ def check_same_settings(saved: dict, settings: Settings) -> None:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
 
 
+def epochs_of(history: list[dict], run: int) -> list[dict]:
+    return [line for line in history if line.get("run", 1) == run]
+
+
+def lowest(epochs: list[dict]) -> dict:
+    """The epoch with the lowest validation loss: its network is the one that is kept."""
+    return min(epochs, key=lambda line: line["valid_loss"])
+
+
+def is_over(epochs: list[dict], settings: Settings) -> bool:
+    """Whether a run with these epochs behind it has had them all, or its patience has ended."""
+    if len(epochs) >= settings.epochs:
+        return True
+    return bool(epochs) and 0 < settings.patience <= len(epochs) - lowest(epochs)["epoch"]
+
+
+class Training:
+    """One network on its way: its data, and all that changes while it trains, which is what a checkpoint holds.
+
+    `images` uint8 `(N, 1, 28, 28)` and `garments` int64 `(N,)` are on the device; `train` and `valid` index them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        images: torch.Tensor,
+        garments: torch.Tensor,
+        train: torch.Tensor,
+        valid: torch.Tensor,
+        precision: torch.dtype,
+    ):
+        device = images.device
+        self.settings, self.precision, self.train = settings, precision, train
+        self.images, self.garments, self.labels = images, garments, labels_of(garments, settings.output_dim)
+        self.mean, self.std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
+        self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
+        shares = [settings.first_share] + [settings.hard_share] * (settings.epochs - 1)
+        self.counts = [max(1, int(len(train) * share)) for share in shares]  # images, by epoch
+        self.steps = [max(1, count // settings.batch_size) for count in self.counts]
+
+        torch.manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)  # of the order and the augmentation
+        self.network = build(
+            settings.architecture,
+            settings.output_dim,
+            dropout=settings.dropout,
+            activation=settings.activation,
+            init=settings.init,
+        )
+        if settings.pretrained:
+            load_imagenet(self.network)
+        self.network.to(device)
+        self.averaged = copy.deepcopy(self.network) if settings.average else None
+        self.kept = self.averaged or self.network  # what is validated and kept
+        self.auxiliary = nn.Linear(self.network.classifier.in_features, 10).to(device) if settings.auxiliary else None
+        parameters = [*self.network.parameters(), *(self.auxiliary.parameters() if self.auxiliary else ())]
+        self.optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
+        self.image_losses = torch.full((len(images),), torch.inf, device=device)
+
+    def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> dict:
+        """Train and validate; the epoch's line of history. `valid_losses`: of the epochs before."""
+        started = time.perf_counter()
+        settings, count = self.settings, self.counts[epoch - 1]
+        order = epoch_order(self.train, count, self.image_losses, self.generator)
+        done = sum(self.steps[: epoch - 1])
+        total = self.steps[epoch - 1] * settings.batch_size
+
+        def step(seen: int, losses: torch.Tensor, correct: torch.Tensor) -> None:
+            nonlocal done
+            self.optimizer.lr = learning_rate(settings, done / sum(self.steps), valid_losses)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            done += 1
+            if self.averaged:  # the later steps count for more at first, because the start is random
+                average_into(self.averaged, self.network, min(settings.average, (1 + done) / (10 + done)))
+            if not bar.disable and seen - bar.n >= 20 * settings.batch_size:
+                bar.update(seen - bar.n)
+                bar.set_postfix_str(f"loss {losses.item() / seen:.4f}, accuracy {correct.item() / seen:.2%}")
+
+        with tqdm(total=total, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
+            train_loss, train_accuracy = train_one_epoch(
+                self.network,
+                self.auxiliary,
+                batches(order, settings.batch_size),
+                self.images,
+                self.labels,
+                self.garments,
+                settings,
+                mean=self.mean,
+                std=self.std,
+                precision=self.precision,
+                generator=self.generator,
+                image_losses=self.image_losses,
+                step=step,
+            )
+        if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
+            unseen = self.train[self.image_losses[self.train].isinf()]
+            logits = infer(self.network, self.images[unseen], self.mean, self.std, self.precision)
+            losses = F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none")
+            self.image_losses[unseen] = losses.to(self.image_losses.device)
+        logits = infer(self.kept, self.valid_images, self.mean, self.std, self.precision)
+        valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
+        return {
+            "epoch": epoch,
+            "seconds": round(time.perf_counter() - started, 3),
+            "lr": self.optimizer.lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+        }
+
+    def described(self) -> dict:
+        """What is needed to rebuild the network and to preprocess its input, and where it comes from."""
+        return {
+            "architecture": self.settings.architecture,
+            "activation": self.settings.activation,
+            "output_dim": self.settings.output_dim,
+            "class_names": list(class_names(self.settings.output_dim)),
+            "mean": self.mean,
+            "std": self.std,
+            "settings": self.settings.model_dump(),
+            "versions": checkpoint.versions(),
+        }
+
+    def state_dict(self) -> dict:
+        return {
+            "parameters": self.network.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
+            "optimizer": self.optimizer.state_dict(),
+            "image_losses": self.image_losses,
+            "random": {"generator": self.generator.get_state(), "torch": torch.get_rng_state()},
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises KeyError, TypeError, ValueError or RuntimeError if the state is another network's."""
+        self.network.load_state_dict(saved["parameters"])
+        for part, name in ((self.averaged, "averaged"), (self.auxiliary, "auxiliary")):
+            if part:
+                part.load_state_dict(saved[name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.image_losses.copy_(saved["image_losses"])
+        self.generator.set_state(saved["random"]["generator"])
+        torch.set_rng_state(saved["random"]["torch"])
+
+
+def print_summary(network: nn.Module) -> None:
+    """A row per layer: what it gives and what it costs."""
+    rows = [layer for layer in layers(network) if layer.kind not in ("Dropout", "Sequential")]
+    print(f"{'layer':28} {'kind':18} {'output':>14} {'parameters':>12} {'multiply-adds':>14}")
+    for layer in rows:
+        shape = " x ".join(map(str, layer.output_shape))
+        print(f"{layer.name:28} {layer.kind:18} {shape:>14} {layer.parameters:12,} {layer.multiply_adds:14,}")
+    multiply_adds = sum(layer.multiply_adds for layer in rows)
+    print(f"{'in all, per image':62} {count_parameters(network):12,} {multiply_adds:14,}")
+
+
+def print_runs(kept: list[dict], name: str) -> None:
+    """A row for each run's kept epoch, mean and standard deviation below."""
+    print(f"{name:6} epoch  validation loss  accuracy")
+    for line in kept:
+        print(f"{line['run']:6} {line['epoch']:5}  {line['valid_loss']:15.5f} {line['valid_accuracy']:9.3%}")
+    for told, figure in (("mean", statistics.mean), ("std", statistics.stdev)):
+        loss, accuracy = (figure([line[key] for line in kept]) for key in ("valid_loss", "valid_accuracy"))
+        print(f"{told:>6}        {loss:15.5f} {accuracy:9.3%}")
+
+
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TrainSettings)
@@ -74,158 +257,90 @@ def main(arguments: list[str]) -> None:
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
+    runs = settings.folds or settings.runs
     saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if settings.resume else None
+    history = saved["history"] if saved else []  # a line per epoch, of all runs
     if saved:
         check_same_settings(saved["settings"], settings)
-        if len(saved["history"]) >= settings.epochs or saved["stopped_early"]:
-            print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(saved['history'])}; there is nothing to resume")
+        if is_over(epochs_of(history, runs), settings):
+            print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
     print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
 
     # ---- data: all images stay uint8 on the device, splits are lists of indices into them -----------------------------
     images, garments = load_images("train", settings.data_path)
-    train, valid = split_indices(garments, settings.valid_ratio, settings.seed)
-    train = train[: settings.limit or None]
-    mean, std = mean_and_std(images, train)
-    valid_images, valid_labels = images[valid], labels_of(garments[valid], settings.output_dim)
-    images, garments, train = images.to(device), garments.to(device), train.to(device)
-    labels = labels_of(garments, settings.output_dim)
-    image_losses = torch.full((len(images),), torch.inf, device=device)
+    if settings.folds:
+        splits = fold_indices(garments, settings.folds, settings.seed)
+    else:
+        splits = [split_indices(garments, settings.valid_ratio, settings.seed + run) for run in range(runs)]
+    images, garments = images.to(device), garments.to(device)
 
-    # ---- network ------------------------------------------------------------------------------------------------------
-    torch.manual_seed(settings.seed)
-    generator = torch.Generator(device).manual_seed(settings.seed)  # of the order and the augmentation
-    network = build(settings.architecture, settings.output_dim).to(device)
-    auxiliary = nn.Linear(network.classifier.in_features, 10).to(device) if settings.auxiliary else None
-    parameters = [*network.parameters(), *(auxiliary.parameters() if auxiliary else ())]
-    optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
-    history, best = [], {"epoch": 0, "valid_loss": math.inf}
-    if saved:
-        try:
-            network.load_state_dict(saved["parameters"])
-            if auxiliary:
-                auxiliary.load_state_dict(saved["auxiliary"])
-            optimizer.load_state_dict(saved["optimizer"])
-            history, best = saved["history"], saved["best"]
-            image_losses.copy_(saved["image_losses"])
-            generator.set_state(saved["random"]["generator"])
-            torch.set_rng_state(saved["random"]["torch"])
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise UserError(f"{out / 'checkpoint.pt'}: its state doesn't fit this network; train without resume") from None
-    print(
-        f"{settings.architecture}: {count_parameters(network):,} parameters on {device} in {str(precision)[6:]}; "
-        f"{len(train):,} training and {len(valid):,} validation images"
-    )
-
-    # ---- loop ---------------------------------------------------------------------------------------------------------
-    shares = [settings.first_share] + [settings.hard_share] * (settings.epochs - 1)
-    counts = [max(1, int(len(train) * share)) for share in shares]  # images, by epoch
-    steps = [max(1, count // settings.batch_size) for count in counts]
-    done = sum(steps[: len(history)])
-    stopped_early = False
     try:
-        for epoch in range(len(history) + 1, settings.epochs + 1):
-            epoch_started = time.perf_counter()
-            order = epoch_order(train, counts[epoch - 1], image_losses, generator)
-            valid_losses = [line["valid_loss"] for line in history]
-            total = steps[epoch - 1] * settings.batch_size
-            with tqdm(total=total, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
+        for run, (train, valid) in enumerate(splits, 1):
+            if is_over(epochs_of(history, run), settings):
+                continue
 
-                def before_step(seen, losses, correct, bar=bar, valid_losses=valid_losses) -> None:
-                    nonlocal done
-                    optimizer.lr = learning_rate(settings, done / sum(steps), valid_losses)
-                    done += 1
-                    if not bar.disable and seen - bar.n >= 20 * settings.batch_size:
-                        bar.update(seen - bar.n)
-                        bar.set_postfix_str(f"loss {losses.item() / seen:.4f}, accuracy {correct.item() / seen:.2%}")
-
-                train_loss, train_accuracy = train_one_epoch(
-                    network,
-                    auxiliary,
-                    optimizer,
-                    batches(order, settings.batch_size),
-                    images,
-                    labels,
-                    garments,
-                    mean=mean,
-                    std=std,
-                    augmentations=settings.augment,
-                    auxiliary_weight=settings.auxiliary,
-                    precision=precision,
-                    generator=generator,
-                    image_losses=image_losses,
-                    before_step=before_step,
-                )
-            if epoch == 1 and counts[0] < len(train):  # a look at the images left out, to know which of them are hard
-                unseen = train[image_losses[train].isinf()]
-                logits = infer(network, images[unseen], mean, std, precision)
-                image_losses[unseen] = F.cross_entropy(logits, labels[unseen].cpu(), reduction="none").to(device)
-            valid_loss, valid_accuracy = evaluate(infer(network, valid_images, mean, std, precision), valid_labels)
-            is_best = valid_loss < best["valid_loss"]
-            if is_best:
-                best = {"epoch": epoch, "valid_loss": valid_loss, "valid_accuracy": valid_accuracy}
-            stopped_early = 0 < settings.patience <= epoch - best["epoch"]
-            history.append(
-                {
-                    "epoch": epoch,
-                    "seconds": round(time.perf_counter() - epoch_started, 3),
-                    "lr": optimizer.lr,
-                    "train_loss": train_loss,
-                    "train_accuracy": train_accuracy,
-                    "valid_loss": valid_loss,
-                    "valid_accuracy": valid_accuracy,
-                }
-            )
-            described = {
-                "architecture": settings.architecture,
-                "output_dim": settings.output_dim,
-                "class_names": list(class_names(settings.output_dim)),
-                "mean": mean,
-                "std": std,
-                "parameters": network.state_dict(),
-                "epoch": epoch,
-                "best": best,
-                "settings": settings.model_dump(),
-                "versions": checkpoint.versions(),
-            }
-            if is_best:
-                checkpoint.save(out / "best_model.pt", {"kind": "best_model", **described})
-            checkpoint.save(
-                out / "checkpoint.pt",
-                {
-                    "kind": "checkpoint",
-                    **described,
-                    "auxiliary": auxiliary.state_dict() if auxiliary else None,
-                    "optimizer": optimizer.state_dict(),
-                    "history": history,
-                    "stopped_early": stopped_early,
-                    "image_losses": image_losses,
-                    "random": {"generator": generator.get_state(), "torch": torch.get_rng_state()},
-                },
-            )
-            lines = [json.dumps(line) for line in (settings.model_dump(), *history)]
-            checkpoint.write_atomically(out / "history.jsonl", ("\n".join(lines) + "\n").encode())
+            # ---- network ----------------------------------------------------------------------------------------------
+            train, valid = train[: settings.limit or None].to(device), valid.to(device)
+            training = Training(settings, settings.seed + run - 1, images, garments, train, valid, precision)
+            if epochs_of(history, run):
+                try:
+                    training.load_state_dict(saved)
+                except (KeyError, TypeError, ValueError, RuntimeError):
+                    raise UserError(
+                        f"{out / 'checkpoint.pt'}: its state doesn't fit this network; train without resume"
+                    ) from None
+            if run == 1:
+                print_summary(training.network)
             print(
-                f"epoch {epoch:3d}  train loss {train_loss:.4f} accuracy {train_accuracy:.3%}  "
-                f"valid loss {valid_loss:.5f} accuracy {valid_accuracy:.3%}  {history[-1]['seconds']:.1f} s"
-                + ("  best" if is_best else ""),
-                flush=True,
+                (f"run {run} of {runs}: " if runs > 1 else "")
+                + f"{settings.architecture} on {device} in {str(precision)[6:]}; "
+                f"{len(train):,} training and {len(valid):,} validation images"
             )
-            if stopped_early:
+
+            # ---- loop -------------------------------------------------------------------------------------------------
+            while not is_over(epochs := epochs_of(history, run), settings):
+                line = training.train_epoch(len(epochs) + 1, [line["valid_loss"] for line in epochs])
+                history.append({"run": run, **line} if runs > 1 else line)
+                best = lowest(history)
+                is_best = best is history[-1]
+                contents = {**training.described(), "epoch": line["epoch"], "best": best}
+                if is_best:
+                    parameters = training.kept.state_dict()
+                    checkpoint.save(out / "best_model.pt", {"kind": "best_model", **contents, "parameters": parameters})
+                state = training.state_dict()
+                checkpoint.save(out / "checkpoint.pt", {"kind": "checkpoint", **contents, **state, "history": history})
+                lines = [json.dumps(line) for line in (settings.model_dump(), *history)]
+                checkpoint.write_atomically(out / "history.jsonl", ("\n".join(lines) + "\n").encode())
+                print(
+                    f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
+                    f"valid loss {line['valid_loss']:.5f} accuracy {line['valid_accuracy']:.3%}  {line['seconds']:.1f} s"
+                    + ("  best" if is_best else ""),
+                    flush=True,
+                )
+            if len(epochs) < settings.epochs:
                 print(f"stopped early: {settings.patience} epochs without a lower validation loss")
-                break
     except KeyboardInterrupt:
         again = " ".join(["python train.py", *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
-        print(f"\ninterrupted; epoch {len(history)} is saved: {again}" if history else "\ninterrupted before an epoch ended")
+        print(
+            f"\ninterrupted; epoch {history[-1]['epoch']} is saved: {again}"
+            if history
+            else "\ninterrupted before an epoch ended"
+        )
         raise
 
     # ---- report -------------------------------------------------------------------------------------------------------
     import plots  # here, because matplotlib takes half a second to import
 
     plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
+    if runs > 1:
+        print_runs([lowest(epochs_of(history, run)) for run in range(1, runs + 1)], "fold" if settings.folds else "run")
+    best = lowest(history)
     print(
-        f"best: epoch {best['epoch']}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}; "
-        f"{time.perf_counter() - started:.1f} s; wrote {out / 'best_model.pt'}"
+        "best: "
+        + (f"run {best['run']}, " if runs > 1 else "")
+        + f"epoch {best['epoch']}, validation loss {best['valid_loss']:.5f}, "
+        f"accuracy {best['valid_accuracy']:.3%}; {time.perf_counter() - started:.1f} s; wrote {out / 'best_model.pt'}"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from augmentation import warp
 from optimizer import Optimizer
 
 Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
@@ -30,9 +31,7 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     right, down = between(-SHIFT, SHIFT) / 14, between(-SHIFT, SHIFT) / 14  # an image is 2 wide: 14 pixels are 1
     one, zero = torch.ones(len(images)), torch.zeros(len(images))
     theta = torch.stack([one, zero, right, zero, 1 / height, 1 - 1 / height + down], 1).view(-1, 2, 3)  # y = 1 stays
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float() / 255, grid, align_corners=False).clamp(0, 1)
-    bent = moved ** (GAMMA ** between(-1, 1)).view(-1, 1, 1, 1)
+    bent = warp(images.float() / 255, theta) ** (GAMMA ** between(-1, 1)).view(-1, 1, 1, 1)
     return (bent * 255).round().to(torch.uint8)
 
 

@@ -71,7 +71,7 @@ def check_frozen(network: nn.Module, before: dict[str, torch.Tensor]) -> None:
 def build_learners(saved: dict, network: nn.Module, classes: int, unlabelled: torch.Tensor, settings: TransferSettings) -> dict:
     """The ways to learn the last layer by name: ours, and three that show what it and the transfer are worth."""
     torch.manual_seed(settings.seed)
-    untrained = build(saved["architecture"], classes).to(next(network.parameters()).device)
+    untrained = build(saved["architecture"], classes, activation=saved["activation"]).to(next(network.parameters()).device)
     first = network.classifier if saved["output_dim"] == classes else untrained.classifier
 
     def trained_features(images: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> None:
         out / "best_model.pt",
         {
             "kind": "best_model",
-            **{key: saved[key] for key in ("architecture", "mean", "std", "epoch")},
+            **{key: saved[key] for key in ("architecture", "activation", "mean", "std", "epoch")},
             "output_dim": len(classes),
             "class_names": list(classes),
             "parameters": network.state_dict(),

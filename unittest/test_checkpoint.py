@@ -12,7 +12,14 @@ from model import build
 
 @pytest.fixture
 def contents():
-    described = {"architecture": "cnn", "output_dim": 2, "class_names": ["clothes", "shoe"], "mean": 0.286, "std": 0.353}
+    described = {
+        "architecture": "cnn",
+        "activation": "relu",
+        "output_dim": 2,
+        "class_names": ["clothes", "shoe"],
+        "mean": 0.286,
+        "std": 0.353,
+    }
     return {"kind": "best_model", **described, "parameters": build("cnn", 2).state_dict(), "epoch": 1}
 
 

@@ -53,6 +53,9 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
         ("augment=hflip:2", "0 to 1"),
         ("augment=shift:x", "no number"),
         ("recipe=none", "known: quick"),
+        ("folds=1", "one fold"),
+        ("pretrained=true", "resnet18"),
+        ("architecture=resnet", "resnet8"),
         ("fast", "key=value"),
     ],
 )
@@ -61,6 +64,20 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(root, word, told):
         load_settings([word])
     assert told in str(refused.value) and word.split("=")[0] in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_runs_and_folds_exclude_each_other(root):
+    with pytest.raises(UserError, match="runs=2 and folds=3: choose one"):
+        load_settings(["runs=2", "folds=3"])
+
+
+@pytest.mark.parametrize("path", sorted((config.ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_only_what_differs(path):
+    settings = load_settings([f"recipe={path.stem}"])
+    shipped = json.loads((config.ROOT / "config.json").read_text())
+    own = json.loads(path.read_text())
+    assert settings.output_dim == 10
+    assert not {key for key, value in own.items() if shipped.get(key, config.Settings.model_fields[key].default) == value}
 
 
 def test_a_broken_config_file_is_refused_by_name(root):

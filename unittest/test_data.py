@@ -54,20 +54,15 @@ def test_normalised_training_images_have_mean_0_and_std_1(train_data):
     assert x.mean().item() == pytest.approx(0, abs=1e-4) and x.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_hflip_mirrors_the_given_share(train_data):
-    images = train_data[0][:2_000]
-    generator = torch.Generator().manual_seed(0)
-    assert data.augment(images, "hflip:1", generator).equal(images.flip(-1))
-    mirrored = (data.augment(images, "hflip:0.25", generator) == images.flip(-1)).flatten(1).all(1)
-    assert mirrored.double().mean().item() == pytest.approx(0.25, abs=0.04)
-
-
-def test_shift_moves_whole_images_by_at_most_its_strength():
-    images = torch.zeros(500, 1, 28, 28, dtype=torch.uint8)
-    images[:, :, 14, 14] = 255
-    places = data.augment(images, "shift:2", torch.Generator().manual_seed(0)).nonzero()
-    assert len(places) == 500  # the one bright pixel of each image is still there
-    assert set(places[:, 2].tolist()) == set(places[:, 3].tolist()) == {12, 13, 14, 15, 16}
+def test_folds_validate_every_image_once_and_are_stratified(train_data):
+    garments = train_data[1]
+    folds = data.fold_indices(garments, 5, seed=0)
+    assert torch.cat([valid for _, valid in folds]).sort().values.equal(torch.arange(60_000))
+    for train, valid in folds:
+        assert torch.cat([train, valid]).sort().values.equal(torch.arange(60_000))
+        assert (torch.bincount(garments[valid]) == 1_200).all()
+        assert torch.bincount(garments[train[:1_000]]).min() > 50  # shuffled: a dry run sees every class
+    assert not folds[0][1].equal(data.fold_indices(garments, 5, seed=1)[0][1])
 
 
 def test_a_first_epoch_visits_every_training_image_once():

@@ -43,6 +43,9 @@ def test_wilson_bounds_are_where_the_observed_share_lies_1_96_deviations_away(co
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
-    probabilities = torch.tensor([[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 10)
-    labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 8 + [0] * 2)  # 70 % right at 0.9, 80 % right at 0.6
-    assert metrics.calibration_error(probabilities, labels) == pytest.approx((0.2 + 0.2) / 2, abs=1e-6)
+    probabilities = torch.tensor([[0.85, 0.15]] * 10 + [[0.45, 0.55]] * 10)
+    labels = torch.tensor([0] * 7 + [1] * 3 + [1] * 8 + [0] * 2)  # 70 % right at 0.85, 80 % right at 0.55
+    calibrated = metrics.calibration(probabilities, labels, bins=10)
+    assert calibrated.error == pytest.approx((0.15 + 0.25) / 2, abs=1e-6)
+    assert calibrated.counts == [0] * 5 + [10, 0, 0, 10, 0]
+    assert (calibrated.confidences[5], calibrated.accuracies[5]) == pytest.approx((0.55, 0.8))

@@ -3,21 +3,100 @@
 import pytest
 import torch
 
-from config import UserError
-from model import build, choose_device, choose_precision, count_parameters, freeze, infer, train_one_epoch
+from config import Settings, UserError
+from model import (
+    ACTIVATIONS,
+    INITS,
+    NETWORKS,
+    build,
+    choose_device,
+    choose_precision,
+    count_parameters,
+    freeze,
+    infer,
+    layers,
+    load_imagenet,
+    train_one_epoch,
+)
 from optimizer import Optimizer
 
+PARAMETERS = {
+    "cnn": 28_938,
+    "mlp": 235_146,
+    "deep_cnn": 243_786,
+    "deep_cnn_dropout": 225_034,
+    "compact_cnn": 98_442,
+    "resnet8": 77_754,
+    "resnet18": 11_175_370,
+}
 
-@pytest.mark.parametrize("output_dim, parameters", [(2, 16_386), (10, 28_938)])
-def test_cnn_has_the_references_parameters_and_output(output_dim, parameters):
-    network = build("cnn", output_dim)
-    assert count_parameters(network) == parameters
-    assert network(torch.zeros(3, 1, 28, 28)).shape == (3, output_dim)
-    assert network.features(torch.zeros(3, 1, 28, 28)).shape == (3, 32 * 7 * 7)
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_have_the_references_parameters_and_output(name):
+    network = build(name, 10)
+    assert count_parameters(network) == PARAMETERS[name]
+    assert network(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    assert network.features(torch.zeros(3, 1, 28, 28)).shape == (3, network.classifier.in_features)
+
+
+def test_task_1s_network_has_the_references_parameters():
+    assert count_parameters(build("cnn", 2)) == 16_386
+
+
+def test_compact_cnn_keeps_to_system_4s_limit():
+    assert count_parameters(build("compact_cnn", 10)) <= 100_000
+
+
+def test_settings_know_the_networks_by_their_names():
+    kinds = Settings.model_fields
+    assert set(kinds["architecture"].annotation.__args__) == set(NETWORKS)
+    assert set(kinds["activation"].annotation.__args__) == set(ACTIVATIONS)
+    assert set(kinds["init"].annotation.__args__) == {"default", *INITS}
+
+
+def test_the_summary_counts_every_parameter_and_the_multiply_adds():
+    network = build("resnet8", 10).train()
+    rows = layers(network)
+    assert network.training
+    assert sum(row.parameters for row in rows) == count_parameters(network)
+    assert rows[0].multiply_adds == 28 * 28 * 16 * 9 and rows[0].output_shape == (16, 28, 28)
+    assert rows[-1].multiply_adds == 64 * 10
+
+
+def test_dropout_activation_and_init_reach_every_layer():
+    network = build("deep_cnn_dropout", 10, dropout=0.7, activation="gelu", init="orthogonal")
+    kinds = [type(module).__name__ for module in network.modules()]
+    assert "ReLU" not in kinds and kinds.count("GELU") == 3
+    assert [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)] == [0.7] * 3
+    weight = network.classifier.weight
+    assert torch.allclose(weight @ weight.T, torch.eye(10), atol=1e-5) and not network.classifier.bias.any()
+
+
+def test_pretrained_filters_say_of_grey_what_they_said_of_rgb(monkeypatch):
+    import torchvision
+
+    theirs = torchvision.models.resnet18().eval()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    network = build("resnet18", 10).eval()
+    load_imagenet(network)
+    grey = torch.rand(2, 1, 28, 28)
+    theirs.fc = torch.nn.Identity()
+    assert torch.allclose(network.features(grey), theirs(grey.expand(-1, 3, -1, -1)), atol=1e-4)
+
+
+def test_weights_that_cannot_be_fetched_are_told(monkeypatch):
+    import torchvision
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(UserError, match=r"pretrained=true: .*no route to host.*pretrained=false"):
+        load_imagenet(build("resnet18", 10))
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(UserError, match="known: cnn"):
+    with pytest.raises(UserError, match="known: cnn, mlp"):
         build("vgg", 2)
 
 
@@ -35,25 +114,28 @@ def step(network, data, *, precision=torch.float32, repeats=1):
     auxiliary = torch.nn.Linear(1568, 10)
     parameters = [p for p in (*network.parameters(), *auxiliary.parameters()) if p.requires_grad]
     image_losses = torch.full((200,), torch.inf)
+    optimizer = Optimizer("adam", parameters, lr=0.001)
+
+    def move(seen, losses, correct):
+        optimizer.step()
+        optimizer.zero_grad()
+
     results = [
         train_one_epoch(
             network,
             auxiliary,
-            optimizer,
             [torch.arange(128)],
             images,
             labels,
             garments,
+            Settings(auxiliary=0.5),
             mean=0.286,
             std=0.353,
-            augmentations="",
-            auxiliary_weight=0.5,
             precision=precision,
             generator=torch.Generator(),
             image_losses=image_losses,
-            before_step=lambda seen, losses, correct: None,
+            step=move,
         )
-        for optimizer in [Optimizer("adam", parameters, lr=0.001)]
         for _ in range(repeats)
     ]
     return results, image_losses

@@ -23,7 +23,14 @@ def out(tmp_path_factory):
     """A folder with a best_model.pt of an untrained network."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
-    described = {"architecture": "cnn", "output_dim": 2, "class_names": ["clothes", "shoe"], "mean": 0.286, "std": 0.353}
+    described = {
+        "architecture": "cnn",
+        "activation": "relu",
+        "output_dim": 2,
+        "class_names": ["clothes", "shoe"],
+        "mean": 0.286,
+        "std": 0.353,
+    }
     network = {"kind": "best_model", **described, "parameters": build("cnn", 2).state_dict(), "epoch": 1}
     checkpoint.save(folder / "best_model.pt", network)
     return folder

@@ -7,6 +7,7 @@ import torch
 
 import checkpoint
 import train
+from augmentation import FUNCTIONS
 from config import UserError
 
 SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
@@ -42,25 +43,37 @@ def test_images_that_the_first_epoch_leaves_out_are_looked_at(undisturbed):
     assert undisturbed[0]["image_losses"].isfinite().sum() == 600
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_an_interrupted_run_resumes_to_the_same_bits(epoch, undisturbed, tmp_path, monkeypatch, capsys):
+KINDS = {
+    "task 1": [],
+    "dropout and average": ["architecture=deep_cnn_dropout", "average=0.9"],
+    "batch normalisation": ["architecture=resnet8", "optimizer=sgd", "augment=hflip,crop,erase"],
+    "plateau": ["schedule=plateau", "patience=1", "lr=0.1"],
+    "runs": ["runs=2"],
+    "folds": ["folds=4", "epochs=1"],
+}
+
+
+@pytest.mark.parametrize("kind, epoch", [("task 1", 1), *((kind, 2) for kind in KINDS)])
+def test_an_interrupted_run_resumes_to_the_same_bits(kind, epoch, tmp_path, monkeypatch, capsys):
+    undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
+    whole = run(undisturbed, *KINDS[kind])
     real, calls = train.evaluate, []
 
-    def interrupted(*arguments):
+    def interrupting(*arguments):
         calls.append(1)
         if len(calls) > epoch:
             raise KeyboardInterrupt
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "evaluate", interrupted)
-        run(tmp_path)
-    assert f"epoch {epoch} is saved" in capsys.readouterr().out
-    resumed = run(tmp_path, "resume=true")
-    assert same_parameters(undisturbed[0], resumed) and resumed["best"] == undisturbed[0]["best"]
-    assert without_seconds(resumed["history"]) == without_seconds(undisturbed[0]["history"])
-    best, undisturbed_best = (checkpoint.load(out / "best_model.pt", "best_model") for out in (tmp_path, undisturbed[1]))
-    assert same_parameters(best, undisturbed_best)
+        patch.setattr(train, "evaluate", interrupting)
+        run(interrupted, *KINDS[kind])
+    assert f"epoch {epoch if kind != 'folds' else 1} is saved" in capsys.readouterr().out
+    resumed = run(interrupted, *KINDS[kind], "resume=true")
+    assert same_parameters(whole, resumed) and resumed["best"].keys() == whole["best"].keys()
+    assert without_seconds(resumed["history"]) == without_seconds(whole["history"])
+    best, whole_best = (checkpoint.load(out / "best_model.pt", "best_model") for out in (interrupted, undisturbed))
+    assert same_parameters(best, whole_best)
 
 
 def test_a_finished_run_is_not_resumed(undisturbed, capsys):
@@ -104,6 +117,24 @@ def test_best_model_has_the_lowest_validation_loss(undisturbed):
     assert best["epoch"] == lowest["epoch"] == undisturbed[0]["best"]["epoch"]
 
 
+def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(undisturbed, tmp_path, capsys):
+    several = run(tmp_path, "runs=2")
+    first, second = (without_seconds(train.epochs_of(several["history"], number)) for number in (1, 2))
+    assert [line.pop("run") for line in first + second] == [1, 1, 1, 2, 2, 2]
+    assert first == without_seconds(undisturbed[0]["history"])
+    assert second == without_seconds(run(tmp_path / "alone", "seed=1")["history"])
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")["best"]
+    assert best["valid_loss"] == min(line["valid_loss"] for line in several["history"])
+    assert f"best: run {best['run']}, epoch {best['epoch']}" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_what_is_validated_and_kept(tmp_path):
+    state = run(tmp_path, "average=0.95", "epochs=1")
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    assert all(tensor.equal(state["averaged"][name]) for name, tensor in best["parameters"].items())
+    assert not same_parameters(best, state)
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -120,13 +151,18 @@ def test_best_model_has_the_lowest_validation_loss(undisturbed):
         "schedule=cosine",
         "warmup=0.5",
         "augment=",
-        "augment=hflip:0.5",
-        "augment=shift",
         "auxiliary=0",
         "hard_share=0.4",
         "first_share=0.7",
         "precision=float32",
         "output_dim=10",
+        "scaling=symmetric",
+        "dropout=0.3",
+        "activation=gelu",
+        "init=he",
+        "label_smoothing=0.1",
+        "folds=2 epochs=1",
+        *(f"augment={name}" for name in FUNCTIONS),
     ],
 )
 def test_every_setting_changes_something(word, undisturbed, tmp_path):
