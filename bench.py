@@ -5,6 +5,7 @@
     part=test      `python test.py` against `python -c "import torch"` (reads the test images)
     part=memory    peak memory of training against that of holding the images
     part=valid     validation accuracy over seeds 0 to N-1, each with a split of its own: what settings are chosen by
+    part=feed      steps of training, images drawn, augmented and normalised, against steps on one batch that is ready
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
 
 Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
@@ -22,14 +23,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from checkpoint import lowest, read_history
 from config import ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, find_idx
 
 ORDINARY_EPOCHS = 10  # the reference's number
+FEED_STEPS = 50
 
 
 class BenchSettings(Settings):
-    part: Literal["train", "test", "memory", "valid", "accuracy"] = Field("train", description="what to measure")
+    part: Literal["train", "test", "memory", "valid", "feed", "accuracy"] = Field("train", description="what to measure")
     repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds")
 
 
@@ -86,10 +89,65 @@ def ordinary_training(data_root: str, seed: int) -> None:
         print(*evaluate(logits, labels), flush=True)
 
 
-def best_epoch(out_dir: str) -> dict:
-    """The history's line with the lowest validation loss: the epoch that best_model.pt holds."""
-    _, *epochs = [json.loads(line) for line in Path(out_dir, "history.jsonl").read_text().splitlines()]
-    return min(epochs, key=lambda epoch: epoch["valid_loss"])
+def feed(settings: BenchSettings) -> None:
+    """Prints images a second of the training loop, and of the same network on one batch that is ready on the device."""
+    import torch
+    import torch.nn.functional as F
+
+    from data_preprocessing import batches, load_images, normalise, split_indices
+    from model import choose_device, choose_precision, keep_freed_memory, train_one_epoch
+    from train import Training
+
+    keep_freed_memory()
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    images, garments = load_images("train", settings.data_path)
+    train, valid = split_indices(garments, settings.valid_ratio, settings.seed)
+    split = images.to(device), garments.to(device), train.to(device), valid.to(device)
+    training = Training(settings, settings.seed, *split, precision)
+    x = normalise(training.images[training.train[: settings.batch_size]], training.mean, training.std)
+    labels = training.labels[training.train[: settings.batch_size]]
+    orders = batches(training.train, settings.batch_size)[:FEED_STEPS]
+
+    def step(*_: object) -> None:
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+
+    def fed() -> None:
+        train_one_epoch(
+            training.network,
+            training.auxiliary,
+            orders,
+            training.images,
+            training.labels,
+            training.garments,
+            settings,
+            mean=training.mean,
+            std=training.std,
+            precision=precision,
+            generator=training.generator,
+            image_losses=training.image_losses,
+            step=step,
+        )
+
+    def ready() -> None:
+        training.network.train()
+        for _ in orders:
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                loss = F.cross_entropy(training.network(x), labels)
+            loss.backward()
+            step()
+        loss.item()  # waits for the device
+
+    rates = {"training": [], "one batch that is ready": []}
+    for _ in range(settings.repeats + 1):
+        for values, passes in zip(rates.values(), (fed, ready)):
+            started = time.perf_counter()
+            passes()
+            values.append(len(orders) * settings.batch_size / (time.perf_counter() - started))
+    for name, values in rates.items():
+        print(told(name, values[1:], "images/s"))  # the first pass is uncounted
+    print(told("ratio", [mine / other for mine, other in list(zip(*rates.values()))[1:]], ""))
 
 
 def told(name: str, values: list[float], unit: str) -> str:
@@ -109,6 +167,8 @@ def in_turn(repeats: int, ours: list[str], other: list[str], figure: int) -> Non
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, BenchSettings)
+    if settings.part == "feed":
+        return feed(settings)
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
     with tempfile.TemporaryDirectory() as folder:
         train = ["train.py", *words, f"out_dir={folder}/ours"]
@@ -121,7 +181,7 @@ def main(arguments: list[str]) -> None:
             run(*train)  # once uncounted
             for seed in range(settings.repeats):
                 seconds, _ = run(*train, f"seed={seed}")
-                best = best_epoch(f"{folder}/ours")
+                best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
                 ours.append((seconds, best["valid_loss"], best["valid_accuracy"]))
                 call = f"import bench; bench.ordinary_training({folder!r}, {seed})"
                 started = time.perf_counter()
@@ -154,7 +214,7 @@ def main(arguments: list[str]) -> None:
             for seed in range(settings.repeats):
                 run(*train, f"seed={seed}")
                 if settings.part == "valid":
-                    best = best_epoch(f"{folder}/ours")
+                    best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
                     accuracies.append(best["valid_accuracy"])
                     print(f"seed {seed}: {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
                 else:

@@ -1,6 +1,7 @@
 """Saving and loading: whole files or none, and nothing but tensors, numbers, strings, lists and dicts inside."""
 
 import io
+import json
 import os
 import platform
 import warnings
@@ -81,6 +82,17 @@ def rebuild(contents: dict, path: Path) -> nn.Module:
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: some of its parameters are not finite; train again")
     return network.eval()
+
+
+def read_history(path: Path) -> tuple[dict, list[dict]]:
+    """The resolved settings and the line of each epoch, in history.jsonl."""
+    settings, *epochs = [json.loads(line) for line in path.read_text().splitlines()]
+    return settings, epochs
+
+
+def lowest(epochs: list[dict]) -> dict:
+    """The epoch with the lowest validation loss: its network is the one that is kept."""
+    return min(epochs, key=lambda line: line["valid_loss"])
 
 
 def versions() -> dict[str, str]:

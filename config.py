@@ -87,7 +87,7 @@ class Settings(BaseModel):
     schedule: Literal["none", "cosine", "one_cycle", "plateau"] = Field(
         "one_cycle",
         description="none = constant; cosine and one_cycle = warm-up, then down to 0 along a cosine or a line; "
-        "plateau = a tenth whenever the validation loss has not improved for 4 epochs",
+        "plateau = a tenth after every 4 epochs without a lower validation loss",
     )
     warmup: float = Field(0.25, ge=0, lt=1, description="share of all steps in which cosine and one_cycle rise linearly")
     augment: str = Field(

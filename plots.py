@@ -1,17 +1,17 @@
 """Every picture, drawn from arrays and from the history file. Figures go to files; no display is needed."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from checkpoint import write_atomically
+from checkpoint import lowest, read_history, write_atomically
 
 MOST_MISTAKES = 100  # in one picture
 MOST_PREDICTIONS = 20  # rows in one picture
@@ -26,24 +26,29 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def _draw_by_epoch(axes: Axes, history: list[dict], key: str, colour: str, label: str) -> None:
+    """The mean over runs of a history's values by epoch, in a band from the lowest to the highest."""
+    numbers = sorted({line["epoch"] for line in history})
+    by_epoch = [[line[key] for line in history if line["epoch"] == number] for number in numbers]
+    style = "o-" if len(numbers) < 30 else "-"
+    axes.plot(numbers, [np.mean(values) for values in by_epoch], style, color=colour, markersize=3, label=label)
+    if len(by_epoch[0]) > 1:
+        axes.fill_between(numbers, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, lw=0)
+
+
 def draw_curves(history_path: Path, path: Path) -> None:
     """Loss (log scale) and accuracy of training and validation by epoch, the best epoch marked; of several runs or folds
     the mean, in a band from the lowest to the highest."""
-    settings, *history = [json.loads(line) for line in history_path.read_text().splitlines()]
+    settings, history = read_history(history_path)
     runs = settings["folds"] or settings["runs"]
     trained_on = "training" if settings["first_share"] == settings["hard_share"] == 1 else "training (on the harder images)"
-    best = min(history, key=lambda line: line["valid_loss"])
-    numbers = sorted({line["epoch"] for line in history})
+    best = lowest(history)
     figure = Figure(figsize=(9, 3.6))
     loss, accuracy = figure.subplots(1, 2)
-    figure.subplots_adjust(0.08, 0.14, 0.98, 0.9, wspace=0.25)  # a computed layout would draw everything twice
+    figure.subplots_adjust(0.09, 0.14, 0.98, 0.9, wspace=0.25)  # a computed layout would draw everything twice
     for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour, label in (("train", ORANGE, trained_on), ("valid", BLUE, "validation")):
-            by_epoch = [[line[f"{part}_{quantity}"] for line in history if line["epoch"] == number] for number in numbers]
-            means = [np.mean(values) for values in by_epoch]
-            axes.plot(numbers, means, "o-" if len(numbers) < 30 else "-", color=colour, markersize=3, label=label)
-            if runs > 1:
-                axes.fill_between(numbers, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, lw=0)
+            _draw_by_epoch(axes, history, f"{part}_{quantity}", colour, label)
         told = f"best (run {best['run']}, epoch {best['epoch']})" if runs > 1 else f"best (epoch {best['epoch']})"
         axes.axvline(best["epoch"], color="0.7", linestyle=":", label=told)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -51,11 +56,26 @@ def draw_curves(history_path: Path, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     of = "" if runs == 1 else f" of {runs} {'folds' if settings['folds'] else 'runs'}"
     loss.set(yscale="log", xlabel="epoch", ylabel="cross-entropy (nats)", title=f"Loss{of}")
-    loss.yaxis.set_major_formatter(LogFormatter())  # 0.5, not 5 x 10^-1
-    loss.yaxis.set_minor_formatter(LogFormatter())
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("")
     accuracy.set(xlabel="epoch", ylabel="accuracy", title=f"Accuracy{of}")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     accuracy.legend(frameon=False, loc="lower right")
+    _save(figure, path)
+
+
+def draw_overfitting(histories: dict[str, list[dict]], path: Path) -> None:
+    """Training and validation loss by epoch of several recipes, as `draw_curves` has them."""
+    figure = Figure(figsize=(4.5 * len(histories), 3.8), layout="constrained")
+    for axes, (name, history) in zip(figure.subplots(1, len(histories), sharey=True, squeeze=False)[0], histories.items()):
+        for part, colour, label in (("train", ORANGE, "training"), ("valid", BLUE, "validation")):
+            _draw_by_epoch(axes, history, f"{part}_loss", colour, label)
+        axes.set(title=name, xlabel="epoch", ylim=(0, None))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("cross-entropy (nats)")
+    figure.axes[0].legend(frameon=False, loc="upper left")
     _save(figure, path)
 
 

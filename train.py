@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import lowest
 from config import Settings, UserError, load_settings, run_script
 from data_preprocessing import (
     batches,
@@ -45,7 +46,7 @@ from model import (
 )
 from optimizer import Optimizer
 
-PLATEAU_PATIENCE = 4  # epochs without a lower validation loss that schedule=plateau accepts
+PLATEAU = 4  # epochs without a lower validation loss after which schedule=plateau divides the learning rate by ten
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
 
@@ -61,7 +62,7 @@ def learning_rate(settings: Settings, progress: float, valid_losses: Sequence[fl
         lowest, stalled, lr = math.inf, 0, settings.lr
         for loss in valid_losses:
             lowest, stalled = (loss, 0) if loss < lowest else (lowest, stalled + 1)
-            if stalled > PLATEAU_PATIENCE:
+            if stalled == PLATEAU:
                 stalled, lr = 0, lr / 10
         return lr
     if progress < settings.warmup:
@@ -83,11 +84,6 @@ def check_same_settings(saved: dict, settings: Settings) -> None:
 
 def epochs_of(history: list[dict], run: int) -> list[dict]:
     return [line for line in history if line.get("run", 1) == run]
-
-
-def lowest(epochs: list[dict]) -> dict:
-    """The epoch with the lowest validation loss: its network is the one that is kept."""
-    return min(epochs, key=lambda line: line["valid_loss"])
 
 
 def is_over(epochs: list[dict], settings: Settings) -> bool:

@@ -171,7 +171,20 @@ def test_test_writes_scores_that_agree_with_themselves(out, stand_in, train_data
     assert scores["accuracy"] == scores["correct"] / 500
     assert scores["per_class"]["shoe"]["n"] == shoes
     assert scores["accuracy_ci95"][0] < scores["accuracy"] < scores["accuracy_ci95"][1]
-    assert {"confusion.png", "mistakes.png", "prediction.png"} <= {path.name for path in (out / "plots").iterdir()}
+    pictures = {"confusion.png", "mistakes.png", "features.png", "reliability.png", "prediction.png"}
+    assert pictures <= {path.name for path in (out / "plots").iterdir()}
+
+
+def test_averaging_with_the_mirror_image_makes_no_difference_between_left_and_right(out, monkeypatch, train_data):
+    losses = {}
+    for tta in ("none", "mirror"):
+        for side, images in (("left", train_data[0][:100]), ("right", train_data[0][:100].flip(-1))):
+            monkeypatch.setattr(test_script, "load_images", lambda *_, images=images: (images, train_data[1][:100]))
+            test_script.main([f"out_dir={out}", f"tta={tta}"])
+            losses[tta, side] = json.loads((out / "scores.json").read_text())["loss"]
+    assert losses["mirror", "left"] == pytest.approx(losses["mirror", "right"], rel=1e-5)
+    assert losses["none", "left"] != pytest.approx(losses["none", "right"], rel=1e-3)
+    assert losses["mirror", "left"] != pytest.approx(losses["none", "left"], rel=1e-3)
 
 
 def test_a_wrong_setting_ends_the_process_with_code_2_and_one_line(tmp_path):

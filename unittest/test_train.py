@@ -8,7 +8,7 @@ import torch
 import checkpoint
 import train
 from augmentation import FUNCTIONS
-from config import UserError
+from config import ROOT, UserError
 
 SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
 
@@ -172,6 +172,13 @@ def test_every_setting_changes_something(word, undisturbed, tmp_path):
     assert any(not other["parameters"][name].equal(undisturbed[0]["parameters"][name]) for name in shared)
 
 
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.json")))
+def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
+    train.main([f"recipe={recipe}", "epochs=1", "limit=1000", "valid_ratio=0.02", f"out_dir={tmp_path}"])
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
+
+
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path, capsys):
     ended = run(tmp_path, "epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none")
     assert len(ended["history"]) == ended["best"]["epoch"] + 1 < 50
@@ -190,7 +197,9 @@ def test_schedules_rise_for_the_warmup_and_end_at_zero():
 def test_plateau_is_torchs():
     losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.4, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=4, threshold=0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.1, patience=3, threshold=0
+    )  # acts after patience + 1
     settings = train.TrainSettings(schedule="plateau", lr=1.0)
     for epoch, loss in enumerate(losses, 1):
         plateau.step(loss)
