@@ -233,7 +233,9 @@ def describe(settings_type: type[Settings]) -> str:
         kind = getattr(field.annotation, "__name__", "")
         if kind == "Literal":
             kind = "|".join(map(str, field.annotation.__args__))
-        lines.append(f"{key}={shipped.get(key, field.default)}  ({kind})\n    {field.description}")
+        value = shipped.get(key, field.default)
+        value = str(value).lower() if kind == "bool" else value
+        lines.append(f"{key}={value}  ({kind})\n    {field.description}")
     return "\n".join(lines)
 
 
