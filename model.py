@@ -175,6 +175,7 @@ def resnet18(output_dim: int) -> Network:
         nn.Flatten(),  # (N, 512, 1, 1) -> (N, 512)
         nn.Dropout(0.0),
     )
+    nn.init.kaiming_normal_(features[0].weight, mode="fan_out", nonlinearity="relu")  # as theirs
     return Network(features, 512, output_dim)
 
 
@@ -257,9 +258,9 @@ def layers(network: nn.Module) -> list[Layer]:
 
             def note(module, _, output, name=name):
                 shape = tuple(output.shape[1:])
-                positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else isinstance(module, nn.Linear)
-                weights = module.weight.numel() * positions if positions else 0
-                passed.append(Layer(name, type(module).__name__, shape, count_parameters(module), weights))
+                weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+                positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1  # where the weights are applied
+                passed.append(Layer(name, type(module).__name__, shape, count_parameters(module), weights * positions))
 
             hooks.append(module.register_forward_hook(note))
     was_training = network.training
