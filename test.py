@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
         out / "plots" / "mistakes.png",
     )
     torch.manual_seed(0)  # of the random start of the decomposition
-    components, lengths, _ = torch.pca_lowrank(features, q=6, niter=4)
+    components, lengths, _ = torch.pca_lowrank(features)
     plots.draw_features(
         (components[:, :2] * lengths[:2]).numpy(),
         (lengths[:2].square() / features.var(0).sum() / (len(features) - 1)).tolist(),
