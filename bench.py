@@ -95,7 +95,7 @@ def feed(settings: BenchSettings) -> None:
     import torch.nn.functional as F
 
     from data_preprocessing import batches, load_images, normalise, split_indices
-    from model import choose_device, choose_precision, keep_freed_memory, train_one_epoch
+    from model import choose_device, choose_precision, keep_freed_memory
     from train import Training
 
     keep_freed_memory()
@@ -113,23 +113,6 @@ def feed(settings: BenchSettings) -> None:
         training.optimizer.step()
         training.optimizer.zero_grad()
 
-    def fed() -> None:
-        train_one_epoch(
-            training.network,
-            training.auxiliary,
-            orders,
-            training.images,
-            training.labels,
-            training.garments,
-            settings,
-            mean=training.mean,
-            std=training.std,
-            precision=precision,
-            generator=training.generator,
-            image_losses=training.image_losses,
-            step=step,
-        )
-
     def ready() -> None:
         training.network.train()
         for _ in orders:
@@ -141,7 +124,7 @@ def feed(settings: BenchSettings) -> None:
 
     rates = {"training": [], "one batch that is ready": []}
     for _ in range(settings.repeats + 1):
-        for values, passes in zip(rates.values(), (fed, ready)):
+        for values, passes in zip(rates.values(), (lambda: training.train_on(orders, step), ready)):
             started = time.perf_counter()
             passes()
             values.append(len(orders) * settings.batch_size / (time.perf_counter() - started))

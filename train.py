@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,24 @@ class Training:
         self.optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
         self.image_losses = torch.full((len(images),), torch.inf, device=device)
 
+    def train_on(self, indices: Sequence[torch.Tensor], step: Callable) -> tuple[float, float]:
+        """`train_one_epoch` on batches of indices."""
+        return train_one_epoch(
+            self.network,
+            self.auxiliary,
+            indices,
+            self.images,
+            self.labels,
+            self.garments,
+            self.settings,
+            mean=self.mean,
+            std=self.std,
+            precision=self.precision,
+            generator=self.generator,
+            image_losses=self.image_losses,
+            step=step,
+        )
+
     def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> dict:
         """Train and validate; the epoch's line of history. `valid_losses`: of the epochs before."""
         started = time.perf_counter()
@@ -158,21 +176,7 @@ class Training:
                 bar.set_postfix_str(f"loss {losses.item() / seen:.4f}, accuracy {correct.item() / seen:.2%}")
 
         with tqdm(total=total, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
-            train_loss, train_accuracy = train_one_epoch(
-                self.network,
-                self.auxiliary,
-                batches(order, settings.batch_size),
-                self.images,
-                self.labels,
-                self.garments,
-                settings,
-                mean=self.mean,
-                std=self.std,
-                precision=self.precision,
-                generator=self.generator,
-                image_losses=self.image_losses,
-                step=step,
-            )
+            train_loss, train_accuracy = self.train_on(batches(order, settings.batch_size), step)
         if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
             unseen = self.train[self.image_losses[self.train].isinf()]
             logits = infer(self.network, self.images[unseen], self.mean, self.std, self.precision)
