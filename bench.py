@@ -5,8 +5,11 @@
     part=test      `python test.py` against `python -c "import torch"` (reads the test images)
     part=memory    peak memory of training against that of holding the images
     part=valid     validation accuracy over seeds 0 to N-1, each with a split of its own: what settings are chosen by
-    part=feed      steps of training, images drawn, augmented and normalised, against steps on one batch that is ready
+    part=feed      steps of training, images drawn, augmented and normalised, against steps on one batch that is ready, and
+                   their arithmetic against a large matrix product's
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
+    part=fast      part=accuracy of recipe=fast, and its seconds against those in which ResNet-8, trained as its authors do,
+                   reaches their accuracy on validation images
 
 Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
 """
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +30,20 @@ from pydantic import Field
 from checkpoint import lowest, read_history
 from config import ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, find_idx
+from model import layers
+from results import REFERENCES
 
-ORDINARY_EPOCHS = 10  # the reference's number
+ORDINARY = {  # architecture -> batch size, learning rate and epochs of its reference
+    "cnn": (54, 0.001, 10),
+    "resnet8": (64, 0.0001, 1000),
+}
 FEED_STEPS = 50
 
 
 class BenchSettings(Settings):
-    part: Literal["train", "test", "memory", "valid", "feed", "accuracy"] = Field("train", description="what to measure")
+    part: Literal["train", "test", "memory", "valid", "feed", "accuracy", "fast"] = Field(
+        "train", description="what to measure"
+    )
     repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds")
 
 
@@ -48,8 +59,11 @@ def run(*command: str) -> tuple[float, float]:
     return time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
-def ordinary_training(data_root: str, seed: int) -> None:
-    """Task 1's network trained the usual way; prints validation loss and accuracy, in 0..1, after each epoch."""
+def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
+    """A network trained the usual way; prints validation loss and accuracy, in 0..1, after each epoch.
+
+    `architecture`: "cnn" on Task 1, "resnet8" on the ten garments.
+    """
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, Subset
@@ -57,27 +71,32 @@ def ordinary_training(data_root: str, seed: int) -> None:
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     from data_preprocessing import SHOES, split_indices
-    from model import evaluate
+    from model import build, evaluate
 
+    batch_size, lr, epochs = ORDINARY[architecture]
     torch.manual_seed(seed)
     transform = Compose([ToTensor(), Normalize((0.2860,), (0.3530,))])
-    dataset = FashionMNIST(data_root, transform=transform, target_transform=lambda garment: int(garment in SHOES))
+    label = (lambda garment: int(garment in SHOES)) if architecture == "cnn" else None
+    dataset = FashionMNIST(data_root, transform=transform, target_transform=label)
     train, valid = split_indices(dataset.targets, valid_ratio=0.1, seed=seed)
-    train_loader = DataLoader(Subset(dataset, train.tolist()), batch_size=54, shuffle=True)
-    valid_loader = DataLoader(Subset(dataset, valid.tolist()), batch_size=54)
-    network = nn.Sequential(
-        nn.Conv2d(1, 16, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 2),
-    )
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    train_loader = DataLoader(Subset(dataset, train.tolist()), batch_size, shuffle=True)
+    valid_loader = DataLoader(Subset(dataset, valid.tolist()), batch_size)
+    if architecture == "cnn":
+        network = nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 2),
+        )
+    else:
+        network = build(architecture, 10).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(network.parameters(), lr)
     criterion = nn.CrossEntropyLoss()
-    for _ in range(ORDINARY_EPOCHS):
+    for _ in range(epochs):
         network.train()
         for x, y in train_loader:
             optimizer.zero_grad()
@@ -87,6 +106,47 @@ def ordinary_training(data_root: str, seed: int) -> None:
         with torch.no_grad():
             logits, labels = map(torch.cat, zip(*((network(x), y) for x, y in valid_loader)))
         print(*evaluate(logits, labels), flush=True)
+
+
+def ordinary_epochs(folder: str, seed: int, architecture: str) -> Iterator[tuple[float, float, float]]:
+    """Seconds from the start, validation loss and accuracy after each epoch of `ordinary_training` in a fresh process."""
+    call = f"import bench; bench.ordinary_training({folder!r}, {seed}, {architecture!r})"
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout:
+                loss, accuracy = map(float, line.split())
+                yield time.perf_counter() - started, loss, accuracy
+        finally:
+            process.kill()  # where its reader has seen enough
+
+
+def copy_images(settings: Settings, folder: str) -> None:
+    """Put the data set where torchvision looks for it."""
+    raw = Path(folder) / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in IDX_FILES:
+        (raw / name).write_bytes(find_idx(name, settings.data_path))
+
+
+def multiply_adds(network) -> int:
+    """Those of a training step, an image: forward, the weights' gradient where they learn, the input's but for the first."""
+    passed = [layer for layer in layers(network) if layer.multiply_adds]
+    learns = {name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return sum(layer.multiply_adds * (1 + (layer.name in learns) + (layer is not passed[0])) for layer in passed)
+
+
+def matrix_rate(device, precision) -> float:
+    """Multiply-adds a second of a product of two 2048 x 2048 matrices: the fastest of 20."""
+    import torch
+
+    a = torch.randn(2048, 2048, device=device).to(precision)
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2048**3 / min(seconds)
 
 
 def feed(settings: BenchSettings) -> None:
@@ -131,6 +191,10 @@ def feed(settings: BenchSettings) -> None:
     for name, values in rates.items():
         print(told(name, values[1:], "images/s"))  # the first pass is uncounted
     print(told("ratio", [mine / other for mine, other in list(zip(*rates.values()))[1:]], ""))
+    work, limit = multiply_adds(training.network), matrix_rate(device, precision)
+    shares = [images_a_second * work / limit for images_a_second in rates["training"][1:]]
+    print(f"{work / 1e6:.2f} M multiply-adds an image and step; a matrix product does {limit / 1e9:.0f} G a second")
+    print(told("share of the matrix product's rate", shares, ""))
 
 
 def told(name: str, values: list[float], unit: str) -> str:
@@ -148,68 +212,82 @@ def in_turn(repeats: int, ours: list[str], other: list[str], figure: int) -> Non
     print(told("ratio", [a / b for a, b in pairs], "times"))
 
 
+def against_ordinary(settings: BenchSettings, folder: str, train: list[str]) -> None:
+    """Task 1: seconds and validation accuracy of our training and of the usual one, seed by seed."""
+    ours, theirs = [], []  # per seed: (seconds, loss, accuracy), and a list of such triples by epoch
+    run(*train)  # once uncounted
+    for seed in range(settings.repeats):
+        seconds, _ = run(*train, f"seed={seed}")
+        best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
+        ours.append((seconds, best["valid_loss"], best["valid_accuracy"]))
+        theirs.append(list(ordinary_epochs(folder, seed, "cnn")))
+        for name, (seconds, loss, accuracy) in [("ours", ours[-1]), *enumerate(theirs[-1], 1)]:
+            print(f"seed {seed}: {name}: {seconds:.1f} s, validation loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True)
+    kept = [min(epochs, key=lambda epoch: epoch[1]) for epochs in theirs]
+    for name, triples in (("ours", ours), ("ordinary training", kept)):
+        loss, accuracy = (statistics.mean(triple[place] for triple in triples) for place in (1, 2))
+        print(f"{name}: kept epochs' mean validation loss {loss:.5f}, accuracy {accuracy:.3%}")
+    target = statistics.mean(triple[2] for triple in ours)
+    means = [statistics.mean(triple[2] for triple in epoch) for epoch in zip(*theirs)]
+    print("ordinary training's mean validation accuracy by epoch:", *(f"{mean:.3%}" for mean in means))
+    print(told("python train.py", [seconds for seconds, _, _ in ours], "s"))
+    passes = next((number for number, mean in enumerate(means) if mean >= target), None)
+    for epoch in filter(lambda number: number is not None, (len(means) - 1, passes)):
+        seconds = [epochs[epoch][0] for epochs in theirs]
+        print(told(f"ordinary training, {epoch + 1} epochs", seconds, "s"))
+        print(told("  ratio", [other / mine[0] for other, mine in zip(seconds, ours)], "times"))
+
+
+def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: bool) -> list[float]:
+    """Train with seeds 0 to repeats-1; seconds of each. Prints validation accuracy, or test accuracy if `test`."""
+    accuracies, all_seconds = [], []
+    for seed in range(settings.repeats):
+        seconds, _ = run(*train, f"seed={seed}")
+        all_seconds.append(seconds)
+        if test:
+            run("test.py", *train[1:])
+            scores = json.loads(Path(f"{folder}/ours/scores.json").read_text())
+            accuracies.append(scores["accuracy"])
+            print(f"seed {seed}: {seconds:.1f} s, {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
+        else:
+            best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
+            accuracies.append(best["valid_accuracy"])
+            print(f"seed {seed}: {seconds:.1f} s, {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    print(
+        f"{'test' if test else 'validation'}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
+        f"{min(accuracies):.3%} to {max(accuracies):.3%} (n={len(accuracies)})"
+    )
+    return all_seconds
+
+
 def main(arguments: list[str]) -> None:
+    if "part=fast" in arguments and not any(word.startswith("recipe=") for word in arguments):
+        arguments = ["recipe=fast", *arguments]
     settings = load_settings(arguments, BenchSettings)
     if settings.part == "feed":
         return feed(settings)
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
     with tempfile.TemporaryDirectory() as folder:
         train = ["train.py", *words, f"out_dir={folder}/ours"]
+        if settings.part in ("train", "fast"):
+            copy_images(settings, folder)
         if settings.part == "train":
-            raw = Path(folder) / "FashionMNIST" / "raw"
-            raw.mkdir(parents=True)
-            for name in IDX_FILES:
-                (raw / name).write_bytes(find_idx(name, settings.data_path))
-            ours, theirs = [], []  # per seed: (seconds, loss, accuracy), and a list of such triples by epoch
-            run(*train)  # once uncounted
-            for seed in range(settings.repeats):
-                seconds, _ = run(*train, f"seed={seed}")
-                best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
-                ours.append((seconds, best["valid_loss"], best["valid_accuracy"]))
-                call = f"import bench; bench.ordinary_training({folder!r}, {seed})"
-                started = time.perf_counter()
-                with subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-                    theirs.append([(time.perf_counter() - started, *map(float, line.split())) for line in process.stdout])
-                for name, (seconds, loss, accuracy) in [("ours", ours[-1]), *enumerate(theirs[-1], 1)]:
-                    print(
-                        f"seed {seed}: {name}: {seconds:.1f} s, validation loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True
-                    )
-            kept = [min(epochs, key=lambda epoch: epoch[1]) for epochs in theirs]
-            for name, triples in (("ours", ours), ("ordinary training", kept)):
-                loss, accuracy = (statistics.mean(triple[place] for triple in triples) for place in (1, 2))
-                print(f"{name}: kept epochs' mean validation loss {loss:.5f}, accuracy {accuracy:.3%}")
-            target = statistics.mean(triple[2] for triple in ours)
-            means = [statistics.mean(triple[2] for triple in epoch) for epoch in zip(*theirs)]
-            print("ordinary training's mean validation accuracy by epoch:", *(f"{mean:.3%}" for mean in means))
-            print(told("python train.py", [seconds for seconds, _, _ in ours], "s"))
-            passes = next((number for number, mean in enumerate(means) if mean >= target), None)
-            for epoch in filter(lambda number: number is not None, (ORDINARY_EPOCHS - 1, passes)):
-                seconds = [epochs[epoch][0] for epochs in theirs]
-                print(told(f"ordinary training, {epoch + 1} epochs", seconds, "s"))
-                print(told("  ratio", [other / mine[0] for other, mine in zip(seconds, ours)], "times"))
+            against_ordinary(settings, folder, train)
         elif settings.part == "test":
             in_turn(settings.repeats, ["test.py", *words], ["-c", "import torch"], 0)
         elif settings.part == "memory":
             hold = "import torch; x = torch.ones(70_000, 1, 28, 28, dtype=torch.uint8)"
             in_turn(settings.repeats, train, ["-c", hold], 1)
         else:
-            accuracies = []
-            for seed in range(settings.repeats):
-                run(*train, f"seed={seed}")
-                if settings.part == "valid":
-                    best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
-                    accuracies.append(best["valid_accuracy"])
-                    print(f"seed {seed}: {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
-                else:
-                    run("test.py", *words, f"out_dir={folder}/ours")
-                    scores = json.loads(Path(f"{folder}/ours/scores.json").read_text())
-                    accuracies.append(scores["accuracy"])
-                    print(f"seed {seed}: {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
-            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-            print(
-                f"{settings.part}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
-                f"{min(accuracies):.3%} to {max(accuracies):.3%} (n={len(accuracies)})"
-            )
+            ours = over_seeds(settings, folder, train, test=settings.part != "valid")
+            print(told("python train.py", ours, "s"))
+        if settings.part == "fast":
+            for epoch, (seconds, _, accuracy) in enumerate(ordinary_epochs(folder, 0, "resnet8"), 1):
+                print(f"ordinary training of resnet8, epoch {epoch}: {seconds:.0f} s, {accuracy:.2%}", flush=True)
+                if accuracy >= REFERENCES["resnet8"]:
+                    break
+            print(told("ratio", [seconds / mine for mine in ours], "times"))
 
 
 if __name__ == "__main__":

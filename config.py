@@ -49,9 +49,9 @@ class Settings(BaseModel):
     batch_size: int = Field(128, ge=1, le=60_000, description="images a training step")
     limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
 
-    architecture: Literal["cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18"] = Field(
-        "cnn", description="the network, as model.py names it"
-    )
+    architecture: Literal[
+        "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet18", "fast_cnn"
+    ] = Field("cnn", description="the network, as model.py names it")
     pretrained: bool = Field(False, description="resnet18 starts from torchvision's ImageNet weights, which are downloaded")
     dropout: float = Field(-1.0, ge=-1, lt=1, description="probability in every dropout layer; -1 = the network's own")
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = Field(
@@ -59,6 +59,9 @@ class Settings(BaseModel):
     )
     init: Literal["default", "he", "xavier", "orthogonal"] = Field(
         "default", description="of convolutions' and linear layers' weights; default = PyTorch's"
+    )
+    whiten: bool = Field(
+        False, description="the first convolution is set to the principal patterns of the images' patches, and stays"
     )
     output_dim: Literal[2, 10] = Field(2, description="classes: 2 = clothes or shoe, 10 = the garments")
     scaling: Literal["standard", "symmetric"] = Field(

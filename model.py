@@ -179,8 +179,49 @@ def resnet18(output_dim: int) -> Network:
     return Network(features, 512, output_dim)
 
 
+def resnet14(output_dim: int) -> Network:
+    """Two blocks a stage, and narrower at the end, to stay under 100,000 parameters: 99,418."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        ResidualBlock(16, 16, stride=1),  # 28
+        ResidualBlock(16, 16, stride=1),
+        ResidualBlock(16, 32, stride=2),  # 28 -> 14
+        ResidualBlock(32, 32, stride=1),
+        ResidualBlock(32, 40, stride=2),  # 14 -> 7
+        ResidualBlock(40, 40, stride=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),  # (N, 40, 1, 1) -> (N, 40)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 40, output_dim)
+
+
+def fast_cnn(output_dim: int) -> Network:
+    """Learns most from one look at each image: batch normalisation and few multiply-adds. 29,178 parameters."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),  # 28 -> 14
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),  # 14 -> 7
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),  # 7 -> 3
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),  # (N, 64, 3, 3) -> (N, 576)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 64 * 3 * 3, output_dim)
+
+
 NETWORKS: dict[str, Callable[[int], Network]] = {
-    network.__name__: network for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet18)
+    network.__name__: network
+    for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet14, resnet18, fast_cnn)
 }
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -235,6 +276,24 @@ def load_imagenet(network: Network) -> None:
     theirs.conv1.weight = nn.Parameter(theirs.conv1.weight.sum(1, keepdim=True))  # (64, 3, 7, 7) -> (64, 1, 7, 7)
     for mine, layer in zip(network.features, list(theirs.children())[:-1]):
         mine.load_state_dict(layer.state_dict())
+
+
+@torch.no_grad()
+def whiten(network: Network, x: torch.Tensor) -> None:
+    """Set the first convolution to the principal patterns of the patches of normalised images `x` `(N, 1, 28, 28)`, each
+    scaled to unit variance and taken with both signs, and freeze it. Jordan 2024, arXiv 2404.00498, section 3.2.
+
+    Its filters beyond twice the number of a patch's pixels stay as they are. Raises UserError if the first layer is none.
+    """
+    first = network.features[0]
+    if not isinstance(first, nn.Conv2d):
+        raise UserError("whiten=true: this architecture doesn't begin with a convolution; use whiten=false")
+    size = first.kernel_size[0]
+    patches = F.unfold(x, size).mT.reshape(-1, size * size)  # (N, k*k, places) -> (N*places, k*k)
+    variances, patterns = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending; patterns are columns
+    filters = (patterns / (variances + 0.01).sqrt()).T.flip(0)[: len(first.weight) // 2].view(-1, 1, size, size)
+    first.weight[: 2 * len(filters)] = torch.cat([filters, -filters])
+    first.requires_grad_(False)
 
 
 def count_parameters(network: nn.Module) -> int:

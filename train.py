@@ -29,6 +29,7 @@ from data_preprocessing import (
     labels_of,
     load_images,
     mean_and_std,
+    normalise,
     split_indices,
 )
 from model import (
@@ -43,6 +44,7 @@ from model import (
     layers,
     load_imagenet,
     train_one_epoch,
+    whiten,
 )
 from optimizer import Optimizer
 
@@ -129,12 +131,15 @@ class Training:
         )
         if settings.pretrained:
             load_imagenet(self.network)
+        if settings.whiten:
+            whiten(self.network, normalise(images[train[:2000]].cpu(), self.mean, self.std))
         self.network.to(device)
         self.averaged = copy.deepcopy(self.network) if settings.average else None
         self.kept = self.averaged or self.network  # what is validated and kept
         self.auxiliary = nn.Linear(self.network.classifier.in_features, 10).to(device) if settings.auxiliary else None
         parameters = [*self.network.parameters(), *(self.auxiliary.parameters() if self.auxiliary else ())]
-        self.optimizer = Optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
         self.image_losses = torch.full((len(images),), torch.inf, device=device)
 
     def train_on(self, indices: Sequence[torch.Tensor], step: Callable) -> tuple[float, float]:

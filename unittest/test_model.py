@@ -17,6 +17,7 @@ from model import (
     layers,
     load_imagenet,
     train_one_epoch,
+    whiten,
 )
 from optimizer import Optimizer
 
@@ -27,7 +28,9 @@ PARAMETERS = {
     "deep_cnn_dropout": 225_034,
     "compact_cnn": 98_442,
     "resnet8": 77_754,
+    "resnet14": 99_418,
     "resnet18": 11_175_370,
+    "fast_cnn": 29_178,
 }
 
 
@@ -70,6 +73,22 @@ def test_dropout_activation_and_init_reach_every_layer():
     assert [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)] == [0.7] * 3
     weight = network.classifier.weight
     assert torch.allclose(weight @ weight.T, torch.eye(10), atol=1e-5) and not network.classifier.bias.any()
+
+
+def test_whitened_patches_have_unit_variance_in_frozen_patterns_and_their_opposites():
+    network = build("fast_cnn", 10)
+    x = torch.randn(50, 1, 28, 28).cumsum(-1)  # neighbours that resemble each other
+    whiten(network, x)
+    first = network.features[0]
+    assert not first.weight.requires_grad and torch.equal(first.weight[:8], -first.weight[8:])
+    patches = torch.nn.functional.unfold(x, 3).mT.reshape(-1, 9)
+    responses = patches @ first.weight[:8].view(8, 9).T
+    assert torch.allclose(responses.T @ responses / len(patches), torch.eye(8), atol=0.05)
+
+
+def test_whiten_wants_a_convolution_first():
+    with pytest.raises(UserError, match="whiten=true"):
+        whiten(build("mlp", 10), torch.zeros(2, 1, 28, 28))
 
 
 def test_pretrained_filters_say_of_grey_what_they_said_of_rgb(monkeypatch):

@@ -160,6 +160,7 @@ def test_averaged_weights_are_what_is_validated_and_kept(tmp_path):
         "dropout=0.3",
         "activation=gelu",
         "init=he",
+        "whiten=true",
         "label_smoothing=0.1",
         "folds=2 epochs=1",
         *(f"augment={name}" for name in FUNCTIONS),
