@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import UserError
+from config import Settings, UserError
 from model import build
 
 NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
 KEYS = {  # what a file must hold to be of its kind
     "best_model": NETWORK_KEYS,
     "checkpoint": NETWORK_KEYS | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random"},
+    "generator": {"parameters", "settings", "epoch"},
+    "gan_checkpoint": {"generator", "averaged", "discriminator", "optimizers", "history", "random", "settings", "frames"},
 }
+MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
@@ -51,7 +54,7 @@ def save(path: Path, contents: dict) -> None:
 def load(path: Path, kind: str) -> dict:
     """The dict that `save` wrote with `contents["kind"] == kind`, on the CPU; no code inside the file ever runs.
 
-    `kind`: "best_model" or "checkpoint".
+    `kind`: one of KEYS.
 
     Raises UserError if the file is missing, damaged, foreign, malicious or of another kind.
     """
@@ -60,7 +63,8 @@ def load(path: Path, kind: str) -> dict:
             warnings.simplefilter("ignore")  # of torch's, about foreign files; the line below says what matters
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; python train.py with the same recipe and out_dir makes it") from None
+        script = "gan.py train" if kind in ("generator", "gan_checkpoint") else "train.py"
+        raise UserError(f"{path}: there is no such file; python {script} with the same recipe and out_dir makes it") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a {kind} file") from None
     except PermissionError:
@@ -70,6 +74,17 @@ def load(path: Path, kind: str) -> dict:
     if not isinstance(contents, dict) or contents.get("kind") != kind or KEYS[kind] - contents.keys():
         raise UserError(f"{path}: is no {kind} file of this project; train again or name another out_dir")
     return contents
+
+
+def check_same_settings(saved: dict, settings: Settings) -> None:
+    """Raises UserError if a run saved under other settings would go on as something else."""
+    differ = [
+        f"{key}={value} (was {saved.get(key)})"
+        for key, value in settings.model_dump().items()
+        if key not in MAY_DIFFER_ON_RESUME and value != saved.get(key)
+    ]
+    if differ:
+        raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
 
 
 def rebuild(contents: dict, path: Path) -> nn.Module:
@@ -82,6 +97,19 @@ def rebuild(contents: dict, path: Path) -> nn.Module:
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: some of its parameters are not finite; train again")
     return network.eval()
+
+
+def interrupted(script: str, arguments: list[str], history: list[dict]) -> str:
+    """What to say of a run that the user ends: what is saved, and the command that goes on from there."""
+    if not history:
+        return "\ninterrupted before an epoch ended"
+    again = " ".join(["python", script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
+    return f"\ninterrupted; epoch {history[-1]['epoch']} is saved: {again}"
+
+
+def write_history(path: Path, settings: dict, epochs: list[dict]) -> None:
+    lines = [json.dumps(line) for line in (settings, *epochs)]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def read_history(path: Path) -> tuple[dict, list[dict]]:

@@ -26,6 +26,7 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "noise": (10, 255, "standard deviation, in grey levels"),
     "blur": (1, 5, "pixels, standard deviation of the strongest"),
     "erase": (0.5, 1, "probability of a rectangle of noise"),
+    "gan": (1, 3, "standard deviation of a generator's noise, whose images are gan_share of all"),
 }
 
 

@@ -7,32 +7,17 @@ It reads the test images' pixels and labels, and no network: nothing here may ch
 """
 
 import torch
-from tqdm import tqdm
 
 import plots
 from augmentation import augment
 from config import load_settings, run_script
 from data_preprocessing import GARMENTS, class_names, labels_of, load_images, split_indices
+from metrics import nearest
 from model import keep_freed_memory
 
 NEAR = (1, 5, 10)  # grey levels, root mean square over an image's pixels, within which pairs are counted
 EACH = 10  # images of a class, or versions of an image, in a row
 PAIRS = 30  # in the picture
-
-
-def nearest(queries: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the image nearest to each query, and its distance: root mean square difference in grey levels.
-
-    Both uint8 `(N, 1, 28, 28)`. Distances are those of integers, exact up to the final division and root.
-    """
-    flat = images.flatten(1).float()  # (N, 784)
-    squares = flat.square().sum(1)
-    indices = []
-    for chunk in tqdm(queries.flatten(1).float().split(500), desc="nearest pairs", disable=None, leave=False):
-        indices.append((squares - 2 * chunk @ flat.T).argmin(1))  # the query's own square is the same for all
-    indices = torch.cat(indices)
-    apart = queries.flatten(1).double() - images[indices].flatten(1)
-    return indices, apart.square().mean(1).sqrt()
 
 
 def count_copies(images: torch.Tensor) -> int:

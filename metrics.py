@@ -1,12 +1,14 @@
-"""What a test says: confusion matrix, precision, recall, F1, calibration error, confidence interval.
+"""What a test says: confusion matrix, precision, recall, F1, calibration error, confidence interval; and what images
+say of each other: nearest neighbours, pairwise and Fréchet distances.
 
-scikit-learn has the same figures, and the tests compare with them; importing it would take half of what test.py takes.
+scikit-learn has the test's figures too, and ours are compared with them; importing it would take half of what test.py takes.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -54,3 +56,35 @@ def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 1
     confidences, accuracies = (total / counts.clamp(1) for total in sums)
     error = (counts * (confidences - accuracies).abs()).sum().item() / len(labels)
     return Calibration(counts.tolist(), confidences.tolist(), accuracies.tolist(), error)
+
+
+def nearest(queries: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the image nearest to each query, and its distance: root mean square difference in grey levels.
+
+    Both uint8 `(N, 1, 28, 28)`. Distances are those of integers, exact up to the final division and root.
+    """
+    flat = images.flatten(1).float()  # (N, 784)
+    squares = flat.square().sum(1)
+    indices = []
+    for chunk in tqdm(queries.flatten(1).float().split(500), desc="nearest pairs", disable=None, leave=False):
+        indices.append((squares - 2 * chunk @ flat.T).argmin(1))  # the query's own square is the same for all
+    indices = torch.cat(indices)
+    apart = queries.flatten(1).double() - images[indices].flatten(1)
+    return indices, apart.square().mean(1).sqrt()
+
+
+def mean_distance(images: torch.Tensor) -> float:
+    """Mean over all pairs of uint8 images `(N, 1, 28, 28)`: root mean square difference in grey levels."""
+    return (torch.pdist(images.flatten(1).float()) / images[0].numel() ** 0.5).mean().item()
+
+
+def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Between normal distributions with the means and covariances of two sets of features `(N, D)` and `(M, D)`.
+
+    Heusel et al. 2017, arXiv 1706.08500, equation 6, there with the features of another network.
+    """
+    one, other = one.double(), other.double()
+    covariances = one.T.cov(), other.T.cov()
+    root_trace = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+    apart = (one.mean(0) - other.mean(0)).square().sum()
+    return (apart + covariances[0].trace() + covariances[1].trace() - 2 * root_trace).item()

@@ -6,11 +6,10 @@ not touched.
 """
 
 import copy
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import lowest
-from config import Settings, UserError, load_settings, run_script
+from checkpoint import check_same_settings, lowest
+from config import ROOT, Settings, UserError, load_settings, parse_augment, run_script
 from data_preprocessing import (
     batches,
     class_names,
@@ -46,42 +45,14 @@ from model import (
     train_one_epoch,
     whiten,
 )
-from optimizer import Optimizer
-
-PLATEAU = 4  # epochs without a lower validation loss after which schedule=plateau divides the learning rate by ten
-MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
+from optimizer import Optimizer, learning_rate
 
 
 class TrainSettings(Settings):
     resume: bool = Field(False, description="go on from out_dir/checkpoint.pt")
-
-
-def learning_rate(settings: Settings, progress: float, valid_losses: Sequence[float] = ()) -> float:
-    """The learning rate at `progress`, the share of all steps done, in 0..1, after epochs with these validation losses."""
-    if settings.schedule == "none":
-        return settings.lr
-    if settings.schedule == "plateau":
-        lowest, stalled, lr = math.inf, 0, settings.lr
-        for loss in valid_losses:
-            lowest, stalled = (loss, 0) if loss < lowest else (lowest, stalled + 1)
-            if stalled == PLATEAU:
-                stalled, lr = 0, lr / 10
-        return lr
-    if progress < settings.warmup:
-        return settings.lr * max(progress / settings.warmup, 0.02)  # not 0: the first step should move
-    falling = (progress - settings.warmup) / (1 - settings.warmup)
-    return settings.lr * ((1 - falling) if settings.schedule == "one_cycle" else (1 + math.cos(math.pi * falling)) / 2)
-
-
-def check_same_settings(saved: dict, settings: Settings) -> None:
-    """Raises UserError if a run saved under other settings would go on as something else."""
-    differ = [
-        f"{key}={value} (was {saved.get(key)})"
-        for key, value in settings.model_dump().items()
-        if key not in MAY_DIFFER_ON_RESUME and value != saved.get(key)
-    ]
-    if differ:
-        raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
+    gan_share: float = Field(0.3, ge=0, lt=1, description="augment=gan: share of the images in an epoch that are generated")
+    gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
+    generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
 
 
 def epochs_of(history: list[dict], run: int) -> list[dict]:
@@ -93,6 +64,26 @@ def is_over(epochs: list[dict], settings: Settings) -> bool:
     if len(epochs) >= settings.epochs:
         return True
     return bool(epochs) and 0 < settings.patience <= len(epochs) - lowest(epochs)["epoch"]
+
+
+class Generated:
+    """Images that a generator adds to `count` real ones, as many of each garment as of any other."""
+
+    def __init__(self, settings: TrainSettings, seed: int, count: int, device: torch.device):
+        from gan_model import draw, load_generator  # here, because most trainings need none
+
+        path = ROOT / Path(settings.generator).expanduser()
+        generator, theirs = load_generator(path)
+        if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio:
+            raise UserError(
+                f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']}, so that it has seen "
+                f"validation images of seed={seed} valid_ratio={settings.valid_ratio}; train it with the same"
+            )
+        generator.to(device)
+        made = max(1, round(count * settings.gan_share / (1 - settings.gan_share)))
+        self.garments = torch.arange(made, device=device) % 10
+        spread = parse_augment(settings.augment)["gan"]
+        self.images = lambda epoch: draw(generator, self.garments, seed + epoch, spread)  # uint8 (made, 1, 28, 28)
 
 
 class Training:
@@ -112,9 +103,16 @@ class Training:
         precision: torch.dtype,
     ):
         device = images.device
-        self.settings, self.precision, self.train = settings, precision, train
-        self.images, self.garments, self.labels = images, garments, labels_of(garments, settings.output_dim)
+        self.settings, self.precision, self.seed = settings, precision, seed
         self.mean, self.std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
+        self.generated = None
+        if settings.gan_share and "gan" in parse_augment(settings.augment):
+            self.generated = Generated(settings, seed, len(train), device)
+            train = torch.cat([train, torch.arange(len(self.generated.garments), device=device) + len(images)])
+            images = torch.cat([images, self.generated.images(0)])
+            garments = torch.cat([garments, self.generated.garments])
+        self.images, self.garments, self.train = images, garments, train
+        self.labels = labels_of(garments, settings.output_dim)
         self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
         shares = [settings.first_share] + [settings.hard_share] * (settings.epochs - 1)
         self.counts = [max(1, int(len(train) * share)) for share in shares]  # images, by epoch
@@ -140,7 +138,7 @@ class Training:
         parameters = [*self.network.parameters(), *(self.auxiliary.parameters() if self.auxiliary else ())]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
-        self.image_losses = torch.full((len(images),), torch.inf, device=device)
+        self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
 
     def train_on(self, indices: Sequence[torch.Tensor], step: Callable) -> tuple[float, float]:
         """`train_one_epoch` on batches of indices."""
@@ -164,6 +162,8 @@ class Training:
         """Train and validate; the epoch's line of history. `valid_losses`: of the epochs before."""
         started = time.perf_counter()
         settings, count = self.settings, self.counts[epoch - 1]
+        if self.generated and settings.gan_fresh:
+            self.images[-len(self.generated.garments) :] = self.generated.images(epoch)
         order = epoch_order(self.train, count, self.image_losses, self.generator)
         done = sum(self.steps[: epoch - 1])
         total = self.steps[epoch - 1] * settings.batch_size
@@ -315,8 +315,7 @@ def main(arguments: list[str]) -> None:
                     checkpoint.save(out / "best_model.pt", {"kind": "best_model", **contents, "parameters": parameters})
                 state = training.state_dict()
                 checkpoint.save(out / "checkpoint.pt", {"kind": "checkpoint", **contents, **state, "history": history})
-                lines = [json.dumps(line) for line in (settings.model_dump(), *history)]
-                checkpoint.write_atomically(out / "history.jsonl", ("\n".join(lines) + "\n").encode())
+                checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
                 print(
                     f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
                     f"valid loss {line['valid_loss']:.5f} accuracy {line['valid_accuracy']:.3%}  {line['seconds']:.1f} s"
@@ -326,12 +325,7 @@ def main(arguments: list[str]) -> None:
             if len(epochs) < settings.epochs:
                 print(f"stopped early: {settings.patience} epochs without a lower validation loss")
     except KeyboardInterrupt:
-        again = " ".join(["python train.py", *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
-        print(
-            f"\ninterrupted; epoch {history[-1]['epoch']} is saved: {again}"
-            if history
-            else "\ninterrupted before an epoch ended"
-        )
+        print(checkpoint.interrupted("train.py", arguments, history))
         raise
 
     # ---- report -------------------------------------------------------------------------------------------------------

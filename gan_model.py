@@ -1,0 +1,121 @@
+"""The conditional GAN's two networks, noise and a class to an image, an image and a class to a score; drawing samples.
+
+Classes come as weights float32 `(N, 10)` that add up to 1: one-hot for a class, anything between for a mixture.
+Miyato & Koyama 2018, arXiv 1802.05637 (projection, conditional batch normalisation); Miyato et al. 2018, arXiv
+1802.05957 (spectral normalisation); Radford et al. 2016, arXiv 1511.06434 (DCGAN's layers).
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import checkpoint
+from config import UserError
+
+CLASSES = 10
+NOISE_DIM = 64
+
+
+def one_hot(labels: torch.Tensor) -> torch.Tensor:
+    """int64 `(N,)` -> float32 `(N, 10)`."""
+    return F.one_hot(labels, CLASSES).float()
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch normalisation with a gain and a bias for each class."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.normalise = nn.BatchNorm2d(channels, affine=False)
+        self.gain = nn.Parameter(torch.ones(CLASSES, channels))
+        self.bias = nn.Parameter(torch.zeros(CLASSES, channels))
+
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        gain, bias = (classes @ table for table in (self.gain, self.bias))  # (N, 10) -> (N, channels)
+        x = self.normalise(x)
+        return torch.addcmul(bias[:, :, None, None].to(x.dtype), gain[:, :, None, None].to(x.dtype), x)
+
+
+class Generator(nn.Module):
+    """Noise `(N, 64)`, from a standard normal distribution, and classes to images `(N, 1, 28, 28)` in -1..1.
+
+    308,289 parameters.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(NOISE_DIM, 64 * 7 * 7)
+        self.layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1, bias=False),  # 7 -> 14
+                nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),  # 14 -> 28
+                nn.Conv2d(32, 1, 3, padding=1),
+            ]
+        )
+        self.norms = nn.ModuleList([ConditionalBatchNorm(channels) for channels in (64, 64, 32)])
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, noise: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        x = self.project(noise).view(-1, 7, 7, 64).permute(0, 3, 1, 2)  # channels last: (N, 3136) -> (N, 64, 7, 7)
+        for norm, layer in zip(self.norms, self.layers):
+            x = layer(F.relu(norm(x, classes)))
+        return torch.tanh(x.float())
+
+
+class Discriminator(nn.Module):
+    """Images `(N, 1, 28, 28)` in -1..1 and classes to scores `(N,)`: high for real images of that class."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            spectral_norm(nn.Conv2d(1, 32, 4, stride=2, padding=1)),  # 28 -> 14
+            nn.LeakyReLU(0.1, inplace=True),
+            spectral_norm(nn.Conv2d(32, 64, 4, stride=2, padding=1)),  # 14 -> 7
+            nn.LeakyReLU(0.1, inplace=True),
+            spectral_norm(nn.Conv2d(64, 128, 3, padding=1)),
+            nn.LeakyReLU(0.1, inplace=True),
+        )
+        self.score = spectral_norm(nn.Linear(128, 1))
+        self.project = spectral_norm(nn.Linear(CLASSES, 128, bias=False))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        features = self.layers(x).sum((2, 3))  # (N, 128, 7, 7) -> (N, 128)
+        return self.score(features).squeeze(1) + (features * self.project(classes)).sum(1)
+
+
+@torch.inference_mode()
+def generate(generator: Generator, classes: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """uint8 images `(N, 1, 28, 28)`, on the generator's device, of `classes` `(N, 10)` from `noise` `(N, 64)`."""
+    generator.eval()
+    images = [generator(some, of).add_(1).mul_(127.5) for some, of in zip(noise.split(500), classes.split(500))]
+    return torch.cat(images).round_().to(torch.uint8)
+
+
+def load_generator(path: Path) -> tuple[Generator, dict]:
+    """The generator that gan.py saved, in evaluation mode, and the settings under which it was trained.
+
+    Raises UserError if the file is missing, damaged, foreign or of another kind.
+    """
+    saved = checkpoint.load(path, "generator")
+    generator = Generator()
+    try:
+        generator.load_state_dict(saved["parameters"])
+    except (TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: its parameters don't fit the generator; train again") from None
+    if not all(torch.isfinite(tensor).all() for tensor in generator.state_dict().values()):
+        raise UserError(f"{path}: some of its parameters are not finite; train again")
+    return generator.eval(), saved["settings"]
+
+
+def draw(generator: Generator, labels: torch.Tensor, seed: int, spread: float = 1.0) -> torch.Tensor:
+    """uint8 images `(N, 1, 28, 28)` of the classes `labels` `(N,)`, the same for the same seed.
+
+    `spread`: the noise's standard deviation; below 1, samples are more typical and less varied.
+    """
+    device = next(generator.parameters()).device
+    noise = torch.randn(len(labels), NOISE_DIM, generator=torch.Generator().manual_seed(seed)) * spread
+    return generate(generator, one_hot(labels).to(device), noise.to(device))
