@@ -82,6 +82,13 @@ class Settings(BaseModel):
     lr: float = Field(0.02, gt=0, description="peak of the schedule, per step")
     weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target given to all classes alike")
+    teacher: str = Field(
+        "", description="a best_model.pt, trained on the same split, whose probabilities are targets too; empty = none"
+    )
+    teacher_share: float = Field(
+        0.9, ge=0, le=1, description="of the loss that follows the teacher; the rest follows the labels"
+    )
+    temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and network where they are compared")
     average: float = Field(
         0.0,
         ge=0,

@@ -415,14 +415,17 @@ def train_one_epoch(
     precision: torch.dtype,
     generator: torch.Generator,
     image_losses: torch.Tensor,
+    teach: Callable[[torch.Tensor], torch.Tensor] | None = None,
     step: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> tuple[float, float]:
     """Train on `batches` of indices into `images`; mean cross-entropy, in nats, and accuracy, in 0..1, over the epoch.
 
     `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
-    head, if any, maps the network's features to the ten garments. Each image's latest cross-entropy is written to
-    `image_losses` `(N,)`. `step`, called when the gradients are there, moves the parameters and removes the gradients;
-    it is told the number of images so far, the sum of their losses and the number classified correctly.
+    head, if any, maps the network's features to the ten garments; `teach`, if any, a batch of augmented images to a
+    teacher's logits, which the network's should resemble (Hinton et al. 2015, arXiv 1503.02531, section 2). Each image's
+    latest cross-entropy is written to `image_losses` `(N,)`. `step`, called when the gradients are there, moves the
+    parameters and removes the gradients; it is told the number of images so far, the sum of their losses and the number
+    classified correctly.
     Raises UserError, before the parameters change, on a loss that is not finite.
     """
     network.train()
@@ -431,7 +434,8 @@ def train_one_epoch(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     seen = 0
     for number, indices in enumerate(batches, 1):
-        x = normalise(augment(images[indices], settings.augment, generator), mean, std)
+        batch = augment(images[indices], settings.augment, generator)
+        x = normalise(batch, mean, std)
         target = labels[indices]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             features = network.features(x)
@@ -440,6 +444,10 @@ def train_one_epoch(
             loss = each.mean()
             if settings.label_smoothing:
                 loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+            if teach is not None:
+                wanted = (teach(batch) / settings.temperature).softmax(1)
+                likeness = F.cross_entropy(logits / settings.temperature, wanted) * settings.temperature**2
+                loss = settings.teacher_share * likeness + (1 - settings.teacher_share) * loss
             if auxiliary is not None:
                 loss = loss + settings.auxiliary * F.cross_entropy(auxiliary(features), garments[indices])
         if not torch.isfinite(loss):

@@ -38,6 +38,7 @@ from model import (
     choose_precision,
     count_parameters,
     evaluate,
+    freeze,
     infer,
     keep_freed_memory,
     layers,
@@ -66,6 +67,34 @@ def is_over(epochs: list[dict], settings: Settings) -> bool:
     return bool(epochs) and 0 < settings.patience <= len(epochs) - lowest(epochs)["epoch"]
 
 
+def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) -> None:
+    """Raises UserError if what is in `path`, trained under the settings `theirs`, has seen this run's validation images."""
+    if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio or theirs["folds"]:
+        raise UserError(
+            f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']} folds={theirs['folds']}, so "
+            f"that it has seen validation images of seed={seed} valid_ratio={settings.valid_ratio}; train it with the same"
+        )
+
+
+class Teacher:
+    """A trained network's logits for augmented images, uint8 `(N, 1, 28, 28)`, on the device."""
+
+    def __init__(self, settings: Settings, seed: int, device: torch.device):
+        path = ROOT / Path(settings.teacher).expanduser()
+        saved = checkpoint.load(path, "best_model")
+        check_same_split(path, saved["settings"], settings, seed)
+        if saved["output_dim"] != settings.output_dim:
+            raise UserError(
+                f"{path}: tells {saved['output_dim']} classes apart, not {settings.output_dim}; name another teacher"
+            )
+        self.network = freeze(checkpoint.rebuild(saved, path)).to(device)
+        self.mean, self.std = saved["mean"], saved["std"]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(normalise(images, self.mean, self.std))
+
+
 class Generated:
     """Images that a generator adds to `count` real ones, as many of each garment as of any other."""
 
@@ -74,11 +103,7 @@ class Generated:
 
         path = ROOT / Path(settings.generator).expanduser()
         generator, theirs = load_generator(path)
-        if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio:
-            raise UserError(
-                f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']}, so that it has seen "
-                f"validation images of seed={seed} valid_ratio={settings.valid_ratio}; train it with the same"
-            )
+        check_same_split(path, theirs, settings, seed)
         generator.to(device)
         made = max(1, round(count * settings.gan_share / (1 - settings.gan_share)))
         self.garments = torch.arange(made, device=device) % 10
@@ -138,6 +163,7 @@ class Training:
         parameters = [*self.network.parameters(), *(self.auxiliary.parameters() if self.auxiliary else ())]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
+        self.teacher = Teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
 
     def train_on(self, indices: Sequence[torch.Tensor], step: Callable) -> tuple[float, float]:
@@ -155,6 +181,7 @@ class Training:
             precision=self.precision,
             generator=self.generator,
             image_losses=self.image_losses,
+            teach=self.teacher,
             step=step,
         )
 

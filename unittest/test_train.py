@@ -181,6 +181,25 @@ def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
 
+def test_a_teacher_with_the_whole_share_makes_the_labels_meaningless(undisturbed, tmp_path):
+    taught = [f"teacher={undisturbed[1] / 'best_model.pt'}", "teacher_share=1", "auxiliary=0"]
+    one, other = (run(tmp_path / smoothing, *taught, f"label_smoothing={smoothing}") for smoothing in ("0.0", "0.3"))
+    assert same_parameters(one, other)
+    assert not same_parameters(one, run(tmp_path / "warm", *taught, "temperature=5"))
+    assert not same_parameters(one, run(tmp_path / "shared", *taught, "teacher_share=0.5"))
+
+
+def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_classes(undisturbed, tmp_path):
+    teacher = f"teacher={undisturbed[1] / 'best_model.pt'}"
+    for word, told in (
+        ("seed=1", "validation images"),
+        ("valid_ratio=0.05", "validation images"),
+        ("output_dim=10", "classes"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(tmp_path, teacher, word)
+
+
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path, capsys):
     ended = run(tmp_path, "epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none")
     assert len(ended["history"]) == ended["best"]["epoch"] + 1 < 50
