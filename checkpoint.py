@@ -99,14 +99,6 @@ def rebuild(contents: dict, path: Path) -> nn.Module:
     return network.eval()
 
 
-def interrupted(script: str, arguments: list[str], history: list[dict]) -> str:
-    """What to say of a run that the user ends: what is saved, and the command that goes on from there."""
-    if not history:
-        return "\ninterrupted before an epoch ended"
-    again = " ".join(["python", script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
-    return f"\ninterrupted; epoch {history[-1]['epoch']} is saved: {again}"
-
-
 def write_history(path: Path, settings: dict, epochs: list[dict]) -> None:
     lines = [json.dumps(line) for line in (settings, *epochs)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -9,6 +9,7 @@ Nothing here needs torch.
 import difflib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Literal
@@ -257,8 +258,8 @@ def run_script(main, arguments: list[str] | None = None) -> None:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is on disk; taking torch down in order would take another half second

@@ -14,6 +14,7 @@ import difflib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, genera
 from metrics import frechet_distance, mean_distance, nearest
 from model import average_into, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
 from optimizer import Optimizer, learning_rate
+from stopping import Signals, Stopped, claimed, resuming
 
 GRID = 10  # samples of each class in a picture
 JUDGED_SAMPLES = 10_000
@@ -85,31 +87,45 @@ class GanTraining:
             for network in (self.generator, self.discriminator)
         ]
         self.frames = []  # uint8 (100, 28, 28), a grid of samples after each epoch
+        self.partial = None  # of an epoch that was ended in its midst: the order, what is done of it
 
-    def train_epoch(self, epoch: int) -> dict:
-        """The epoch's line of history."""
+    def train_epoch(self, epoch: int, check: Callable[[], None]) -> dict:
+        """The epoch's line of history. `check` is called after each batch, as train.py's is."""
         started = time.perf_counter()
         settings, device = self.settings, self.images.device
-        order = self.train[torch.randperm(len(self.train), generator=self.random, device=device)]
-        indices = batches(order, settings.batch_size)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
         for network in (self.generator, self.discriminator):
             network.train()
-        for number, chosen in enumerate(tqdm(indices, desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False)):
-            steps = (epoch - 1) * len(indices) + number
-            lr = learning_rate(settings, steps / (settings.epochs * len(indices)))
-            losses = self.step(normalise(self.images[chosen], 0.5, 0.5), one_hot(self.garments[chosen]), lr)
-            if not torch.isfinite(losses).all():
-                raise UserError(f"epoch {epoch}, batch {number + 1}: a loss is {losses.tolist()}; a smaller lr may help")
-            sums += losses
-            average_into(self.averaged, self.generator, min(settings.average, (1 + steps) / (10 + steps)))
+        if self.partial is None:
+            order = self.train[torch.randperm(len(self.train), generator=self.random, device=device)]
+            sums = torch.zeros(2, dtype=torch.float64, device=device)
+            self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
+        partial = self.partial
+        indices = batches(partial["order"], settings.batch_size)
+        first = partial["batches"]
+        bar = tqdm(indices[first:], f"epoch {epoch}/{settings.epochs}", len(indices), initial=first, disable=None, leave=False)
+        try:
+            for chosen in bar:
+                done = (epoch - 1) * len(indices) + partial["batches"]
+                partial["lr"] = lr = learning_rate(settings, done / (settings.epochs * len(indices)))
+                losses = self.step(normalise(self.images[chosen], 0.5, 0.5), one_hot(self.garments[chosen]), lr)
+                partial["batches"] += 1
+                if not torch.isfinite(losses).all():
+                    raise UserError(
+                        f"epoch {epoch}: a loss is {losses.tolist()} in batch {partial['batches']}; try a smaller lr"
+                    )
+                partial["sums"] += losses
+                average_into(self.averaged, self.generator, min(settings.average, (1 + done) / (10 + done)))
+                check()
+        finally:
+            partial["seconds"] += time.perf_counter() - started
         noise, classes = fixed_noise()
         self.frames.append(generate(self.averaged, classes.to(device), noise.to(device)).squeeze(1).cpu())
-        discriminator_loss, generator_loss = (sums / len(indices)).tolist()
+        self.partial = None
+        discriminator_loss, generator_loss = (partial["sums"] / len(indices)).tolist()
         return {
             "epoch": epoch,
-            "seconds": round(time.perf_counter() - started, 3),
-            "lr": self.optimizers[0].lr,
+            "seconds": round(partial["seconds"], 3),
+            "lr": partial["lr"],
             "discriminator_loss": discriminator_loss,
             "generator_loss": generator_loss,
         }
@@ -144,6 +160,7 @@ class GanTraining:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": {"generator": self.random.get_state(), "torch": torch.get_rng_state()},
             "frames": self.frames,
+            "partial": self.partial,
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -155,6 +172,9 @@ class GanTraining:
         self.random.set_state(saved["random"]["generator"])
         torch.set_rng_state(saved["random"]["torch"])
         self.frames = list(saved["frames"])
+        if saved["partial"]:
+            device = self.images.device
+            self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
 
 
 def train(settings: GanSettings, arguments: list[str]) -> None:
@@ -186,15 +206,22 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
     )
     import plots  # here, because matplotlib takes half a second to import
 
-    try:
+    def save(name: str, kind: str, contents: dict) -> None:
+        common = {"settings": settings.model_dump(), "versions": checkpoint.versions(), "epoch": len(history)}
+        checkpoint.save(out / name, {"kind": kind, **common, **contents})
+
+    with claimed(out), Signals() as signals:
         while len(history) < settings.epochs:
-            line = training.train_epoch(len(history) + 1)
+            try:
+                signals.check()
+                line = training.train_epoch(len(history) + 1, signals.check)
+            except Stopped:
+                save("checkpoint.pt", "gan_checkpoint", {**training.state_dict(), "history": history})
+                print(f"\ninterrupted in epoch {len(history) + 1}; all is saved: {resuming('gan.py', arguments)}")
+                raise
             history.append(line)
-            contents = {"settings": settings.model_dump(), "versions": checkpoint.versions(), "epoch": line["epoch"]}
-            made = {"kind": "generator", **contents, "parameters": training.averaged.state_dict()}
-            checkpoint.save(out / "generator.pt", made)
-            state = {"kind": "gan_checkpoint", **contents, **training.state_dict(), "history": history}
-            checkpoint.save(out / "checkpoint.pt", state)
+            save("generator.pt", "generator", {"parameters": training.averaged.state_dict()})
+            save("checkpoint.pt", "gan_checkpoint", {**training.state_dict(), "history": history})
             checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
             plots.draw_grid(training.frames[-1].numpy(), GARMENTS, f"epoch {line['epoch']}", out / "plots" / "samples.png")
             print(
@@ -202,9 +229,6 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
                 f"of the generator {line['generator_loss']:.4f}  {line['seconds']:.1f} s",
                 flush=True,
             )
-    except KeyboardInterrupt:
-        print(checkpoint.interrupted("gan.py", arguments, history))
-        raise
     plots.animate_grids([frame.numpy() for frame in training.frames], len(GARMENTS), out / "plots" / "training.gif")
     print(f"wrote {out / 'generator.pt'}, {out / 'plots' / 'training.gif'}")
 

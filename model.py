@@ -416,23 +416,21 @@ def train_one_epoch(
     generator: torch.Generator,
     image_losses: torch.Tensor,
     teach: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    step: Callable[[int, torch.Tensor, torch.Tensor], None],
-) -> tuple[float, float]:
-    """Train on `batches` of indices into `images`; mean cross-entropy, in nats, and accuracy, in 0..1, over the epoch.
+    sums: torch.Tensor,
+    step: Callable[[], None],
+) -> None:
+    """Train on `batches` of indices into `images`; add to `sums`, float64 `(3,)`: images, their cross-entropies, in nats,
+    and how many were classified correctly.
 
     `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
     head, if any, maps the network's features to the ten garments; `teach`, if any, a batch of augmented images to a
     teacher's logits, which the network's should resemble (Hinton et al. 2015, arXiv 1503.02531, section 2). Each image's
     latest cross-entropy is written to `image_losses` `(N,)`. `step`, called when the gradients are there, moves the
-    parameters and removes the gradients; it is told the number of images so far, the sum of their losses and the number
-    classified correctly.
+    parameters and removes the gradients.
     Raises UserError, before the parameters change, on a loss that is not finite.
     """
     network.train()
     device = images.device
-    losses = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    seen = 0
     for number, indices in enumerate(batches, 1):
         batch = augment(images[indices], settings.augment, generator)
         x = normalise(batch, mean, std)
@@ -455,11 +453,10 @@ def train_one_epoch(
         loss.backward()
         each = each.detach().float()
         image_losses[indices] = each
-        losses += each.sum()
-        correct += (logits.argmax(1) == target).sum()
-        seen += len(indices)
-        step(seen, losses, correct)
-    return losses.item() / seen, correct.item() / seen
+        sums[0] += len(indices)
+        sums[1] += each.sum()
+        sums[2] += (logits.argmax(1) == target).sum()
+        step()
 
 
 @torch.no_grad()

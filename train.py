@@ -47,6 +47,7 @@ from model import (
     whiten,
 )
 from optimizer import Optimizer, learning_rate
+from stopping import Signals, Stopped, claimed, resuming
 
 
 class TrainSettings(Settings):
@@ -165,10 +166,11 @@ class Training:
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
         self.teacher = Teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
+        self.partial = None  # of an epoch that was ended in its midst: the order, what is done of it
 
-    def train_on(self, indices: Sequence[torch.Tensor], step: Callable) -> tuple[float, float]:
+    def train_on(self, indices: Sequence[torch.Tensor], sums: torch.Tensor, step: Callable[[], None]) -> None:
         """`train_one_epoch` on batches of indices."""
-        return train_one_epoch(
+        train_one_epoch(
             self.network,
             self.auxiliary,
             indices,
@@ -182,33 +184,50 @@ class Training:
             generator=self.generator,
             image_losses=self.image_losses,
             teach=self.teacher,
+            sums=sums,
             step=step,
         )
 
-    def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> dict:
-        """Train and validate; the epoch's line of history. `valid_losses`: of the epochs before."""
+    def train_epoch(self, epoch: int, valid_losses: Sequence[float], check: Callable[[], None] = lambda: None) -> dict:
+        """Train and validate; the epoch's line of history.
+
+        `valid_losses`: of the epochs before. `check` is called when a batch is done, and may raise to end the epoch there;
+        the next call, also on what `load_state_dict` has read, goes on with the batch after it.
+        """
         started = time.perf_counter()
         settings, count = self.settings, self.counts[epoch - 1]
         if self.generated and settings.gan_fresh:
             self.images[-len(self.generated.garments) :] = self.generated.images(epoch)
-        order = epoch_order(self.train, count, self.image_losses, self.generator)
-        done = sum(self.steps[: epoch - 1])
-        total = self.steps[epoch - 1] * settings.batch_size
+        if self.partial is None:
+            order = epoch_order(self.train, count, self.image_losses, self.generator)
+            sums = torch.zeros(3, dtype=torch.float64, device=order.device)
+            self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
+        partial, sums = self.partial, self.partial["sums"]
+        before, total = sum(self.steps[: epoch - 1]), sum(self.steps)
+        images = self.steps[epoch - 1] * settings.batch_size
 
-        def step(seen: int, losses: torch.Tensor, correct: torch.Tensor) -> None:
-            nonlocal done
-            self.optimizer.lr = learning_rate(settings, done / sum(self.steps), valid_losses)
+        def step() -> None:
+            done = before + partial["batches"]
+            self.optimizer.lr = learning_rate(settings, done / total, valid_losses)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            done += 1
             if self.averaged:  # the later steps count for more at first, because the start is random
-                average_into(self.averaged, self.network, min(settings.average, (1 + done) / (10 + done)))
-            if not bar.disable and seen - bar.n >= 20 * settings.batch_size:
+                average_into(self.averaged, self.network, min(settings.average, (2 + done) / (11 + done)))
+            partial["batches"] += 1
+            if not bar.disable and partial["batches"] % 20 == 0:
+                seen, losses, correct = sums.tolist()
                 bar.update(seen - bar.n)
-                bar.set_postfix_str(f"loss {losses.item() / seen:.4f}, accuracy {correct.item() / seen:.2%}")
+                bar.set_postfix_str(f"loss {losses / seen:.4f}, accuracy {correct / seen:.2%}")
+            check()
 
-        with tqdm(total=total, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
-            train_loss, train_accuracy = self.train_on(batches(order, settings.batch_size), step)
+        try:
+            with tqdm(total=images, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
+                self.train_on(batches(partial["order"], settings.batch_size)[partial["batches"] :], sums, step)
+        except UserError as error:
+            raise UserError(f"epoch {epoch}: {error}") from None
+        finally:
+            partial["seconds"] += time.perf_counter() - started
+        started = time.perf_counter()
         if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
             unseen = self.train[self.image_losses[self.train].isinf()]
             logits = infer(self.network, self.images[unseen], self.mean, self.std, self.precision)
@@ -216,12 +235,14 @@ class Training:
             self.image_losses[unseen] = losses.to(self.image_losses.device)
         logits = infer(self.kept, self.valid_images, self.mean, self.std, self.precision)
         valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
+        self.partial = None
+        seen, losses, correct = sums.tolist()
         return {
             "epoch": epoch,
-            "seconds": round(time.perf_counter() - started, 3),
-            "lr": self.optimizer.lr,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
+            "seconds": round(partial["seconds"] + time.perf_counter() - started, 3),
+            "lr": learning_rate(settings, (before + partial["batches"] - 1) / total, valid_losses),  # of the last step
+            "train_loss": losses / seen,
+            "train_accuracy": correct / seen,
             "valid_loss": valid_loss,
             "valid_accuracy": valid_accuracy,
         }
@@ -246,6 +267,7 @@ class Training:
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
             "optimizer": self.optimizer.state_dict(),
             "image_losses": self.image_losses,
+            "partial": self.partial,
             "random": {"generator": self.generator.get_state(), "torch": torch.get_rng_state()},
         }
 
@@ -257,8 +279,18 @@ class Training:
                 part.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.image_losses.copy_(saved["image_losses"])
+        if saved.get("partial"):
+            device = self.images.device
+            self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
         self.generator.set_state(saved["random"]["generator"])
         torch.set_rng_state(saved["random"]["torch"])
+
+
+def save_checkpoint(out: Path, training: Training, run: int, history: list[dict]) -> None:
+    state = {**training.described(), **training.state_dict(), "history": history, "run": run}
+    best = lowest(history) if history else None
+    epoch = len(epochs_of(history, run))
+    checkpoint.save(out / "checkpoint.pt", {"kind": "checkpoint", **state, "epoch": epoch, "best": best})
 
 
 def print_summary(network: nn.Module) -> None:
@@ -307,7 +339,7 @@ def main(arguments: list[str]) -> None:
         splits = [split_indices(garments, settings.valid_ratio, settings.seed + run) for run in range(runs)]
     images, garments = images.to(device), garments.to(device)
 
-    try:
+    with claimed(out), Signals() as signals:
         for run, (train, valid) in enumerate(splits, 1):
             if is_over(epochs_of(history, run), settings):
                 continue
@@ -315,7 +347,7 @@ def main(arguments: list[str]) -> None:
             # ---- network ----------------------------------------------------------------------------------------------
             train, valid = train[: settings.limit or None].to(device), valid.to(device)
             training = Training(settings, settings.seed + run - 1, images, garments, train, valid, precision)
-            if epochs_of(history, run):
+            if saved and saved.get("run", history[-1].get("run", 1) if history else 1) == run:
                 try:
                     training.load_state_dict(saved)
                 except (KeyError, TypeError, ValueError, RuntimeError):
@@ -332,16 +364,26 @@ def main(arguments: list[str]) -> None:
 
             # ---- loop -------------------------------------------------------------------------------------------------
             while not is_over(epochs := epochs_of(history, run), settings):
-                line = training.train_epoch(len(epochs) + 1, [line["valid_loss"] for line in epochs])
+                try:
+                    signals.check()
+                    line = training.train_epoch(len(epochs) + 1, [line["valid_loss"] for line in epochs], signals.check)
+                except Stopped:
+                    save_checkpoint(out, training, run, history)
+                    print(f"\ninterrupted in epoch {len(epochs) + 1}; all is saved: {resuming('train.py', arguments)}")
+                    raise
                 history.append({"run": run, **line} if runs > 1 else line)
+                epochs = epochs_of(history, run)
                 best = lowest(history)
                 is_best = best is history[-1]
-                contents = {**training.described(), "epoch": line["epoch"], "best": best}
                 if is_best:
-                    parameters = training.kept.state_dict()
-                    checkpoint.save(out / "best_model.pt", {"kind": "best_model", **contents, "parameters": parameters})
-                state = training.state_dict()
-                checkpoint.save(out / "checkpoint.pt", {"kind": "checkpoint", **contents, **state, "history": history})
+                    kept = {
+                        **training.described(),
+                        "parameters": training.kept.state_dict(),
+                        "epoch": line["epoch"],
+                        "best": best,
+                    }
+                    checkpoint.save(out / "best_model.pt", {"kind": "best_model", **kept})
+                save_checkpoint(out, training, run, history)
                 checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
                 print(
                     f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
@@ -351,9 +393,6 @@ def main(arguments: list[str]) -> None:
                 )
             if len(epochs) < settings.epochs:
                 print(f"stopped early: {settings.patience} epochs without a lower validation loss")
-    except KeyboardInterrupt:
-        print(checkpoint.interrupted("train.py", arguments, history))
-        raise
 
     # ---- report -------------------------------------------------------------------------------------------------------
     import plots  # here, because matplotlib takes half a second to import

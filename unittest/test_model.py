@@ -135,11 +135,13 @@ def step(network, data, *, precision=torch.float32, repeats=1):
     image_losses = torch.full((200,), torch.inf)
     optimizer = Optimizer("adam", parameters, lr=0.001)
 
-    def move(seen, losses, correct):
+    def move():
         optimizer.step()
         optimizer.zero_grad()
 
-    results = [
+    results = []
+    for _ in range(repeats):
+        sums = torch.zeros(3, dtype=torch.float64)
         train_one_epoch(
             network,
             auxiliary,
@@ -153,10 +155,11 @@ def step(network, data, *, precision=torch.float32, repeats=1):
             precision=precision,
             generator=torch.Generator(),
             image_losses=image_losses,
+            sums=sums,
             step=move,
         )
-        for _ in range(repeats)
-    ]
+        seen, loss, correct = sums.tolist()
+        results.append((loss / seen, correct / seen))
     return results, image_losses
 
 

@@ -1,15 +1,19 @@
 """Training: the same bits from the same seed, also through a resume; every setting matters."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 import checkpoint
+import model
 import train
 from augmentation import FUNCTIONS
-from config import ROOT, UserError
+from config import ROOT, UserError, run_script
 from optimizer import learning_rate
+from stopping import claimed
 
 SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
 
@@ -54,27 +58,75 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind, epoch", [("task 1", 1), *((kind, 2) for kind in KINDS)])
-def test_an_interrupted_run_resumes_to_the_same_bits(kind, epoch, tmp_path, monkeypatch, capsys):
-    undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
-    whole = run(undisturbed, *KINDS[kind])
+def same_runs(one, other):
+    """Whether two folders have the same parameters, best parameters and history, up to the seconds."""
+    states = [checkpoint.load(out / "checkpoint.pt", "checkpoint") for out in (one, other)]
+    bests = [checkpoint.load(out / "best_model.pt", "best_model") for out in (one, other)]
+    histories = [without_seconds(state["history"]) for state in states]
+    return same_parameters(*states) and same_parameters(*bests) and histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, *KINDS[kind])
     real, calls = train.evaluate, []
 
-    def interrupting(*arguments):
+    def dying(*arguments):
         calls.append(1)
-        if len(calls) > epoch:
-            raise KeyboardInterrupt
+        if len(calls) > 2:
+            raise RuntimeError("as good as killed: nothing runs after it")
         return real(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "evaluate", interrupting)
-        run(interrupted, *KINDS[kind])
-    assert f"epoch {epoch if kind != 'folds' else 1} is saved" in capsys.readouterr().out
-    resumed = run(interrupted, *KINDS[kind], "resume=true")
-    assert same_parameters(whole, resumed) and resumed["best"].keys() == whole["best"].keys()
-    assert without_seconds(resumed["history"]) == without_seconds(whole["history"])
-    best, whole_best = (checkpoint.load(out / "best_model.pt", "best_model") for out in (interrupted, undisturbed))
-    assert same_parameters(best, whole_best)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train, "evaluate", dying)
+        run(killed, *KINDS[kind])
+    run(killed, *KINDS[kind], "resume=true")
+    assert same_runs(whole, killed)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind, step", [("dropout and average", 2), ("runs", 12), ("task 1", 7)])
+def test_a_signal_ends_the_batch_and_saves_all(kind, step, number, code, tmp_path, monkeypatch, capsys):
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    run(whole, *KINDS[kind])
+    real, calls = train.learning_rate, []
+
+    def signalling(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "learning_rate", signalling)
+        run_script(train.main, [*SHORT, *KINDS[kind], f"out_dir={ended}"])
+    assert end.value.code == code and len(calls) == step
+    assert f"python train.py {' '.join(SHORT)}" in capsys.readouterr().out.splitlines()[-1]
+    run(ended, *KINDS[kind], "resume=true")
+    assert same_runs(whole, ended)
+
+
+def test_two_runs_keep_out_of_each_others_folder(tmp_path):
+    with claimed(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} .* is at work there"):
+            run(tmp_path)
+    run(tmp_path, "epochs=1")  # it is free again
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
+    whole = run(tmp_path, "epochs=2")
+    cross_entropy, calls = model.F.cross_entropy, []
+
+    def exploding(*arguments, **keywords):
+        calls.append(1)
+        return cross_entropy(*arguments, **keywords) * (float("nan") if len(calls) > 40 else 1)
+
+    monkeypatch.setattr(model.F, "cross_entropy", exploding)
+    with pytest.raises(UserError, match=r"epoch \d: the loss is nan in batch \d"):
+        run(tmp_path, "epochs=20")
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    assert all(tensor.isfinite().all() for tensor in best["parameters"].values()) and whole["best"]
 
 
 def test_a_finished_run_is_not_resumed(undisturbed, capsys):
