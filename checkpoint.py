@@ -78,10 +78,11 @@ def load(path: Path, kind: str) -> dict:
 
 def check_same_settings(saved: dict, settings: Settings) -> None:
     """Raises UserError if a run saved under other settings would go on as something else."""
+    saved = {key: field.default for key, field in type(settings).model_fields.items()} | saved  # a setting may be newer
     differ = [
-        f"{key}={value} (was {saved.get(key)})"
+        f"{key}={value} (was {saved[key]})"
         for key, value in settings.model_dump().items()
-        if key not in MAY_DIFFER_ON_RESUME and value != saved.get(key)
+        if key not in MAY_DIFFER_ON_RESUME and value != saved[key]
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")

@@ -52,7 +52,16 @@ class Settings(BaseModel):
     limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
 
     architecture: Literal[
-        "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet18", "fast_cnn"
+        "cnn",
+        "mlp",
+        "deep_cnn",
+        "deep_cnn_dropout",
+        "compact_cnn",
+        "resnet8",
+        "resnet14",
+        "resnet18",
+        "wide_resnet",
+        "fast_cnn",
     ] = Field("cnn", description="the network, as model.py names it")
     pretrained: bool = Field(False, description="resnet18 starts from torchvision's ImageNet weights, which are downloaded")
     dropout: float = Field(-1.0, ge=-1, lt=1, description="probability in every dropout layer; -1 = the network's own")

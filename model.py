@@ -198,6 +198,24 @@ def resnet14(output_dim: int) -> Network:
     return Network(features, 40, output_dim)
 
 
+def wide_resnet(output_dim: int) -> Network:
+    """Wide where the images are small, after Zagoruyko & Komodakis 2016, arXiv 1605.07146. 653,178 parameters."""
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        ResidualBlock(16, 16, stride=1),  # 28
+        ResidualBlock(16, 64, stride=2),  # 28 -> 14
+        ResidualBlock(64, 64, stride=1),
+        ResidualBlock(64, 128, stride=2),  # 14 -> 7
+        ResidualBlock(128, 128, stride=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),  # (N, 128, 1, 1) -> (N, 128)
+        nn.Dropout(0.0),
+    )
+    return Network(features, 128, output_dim)
+
+
 def fast_cnn(output_dim: int) -> Network:
     """Learns most from one look at each image: batch normalisation and few multiply-adds. 29,178 parameters."""
     features = nn.Sequential(
@@ -221,7 +239,7 @@ def fast_cnn(output_dim: int) -> Network:
 
 NETWORKS: dict[str, Callable[[int], Network]] = {
     network.__name__: network
-    for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet14, resnet18, fast_cnn)
+    for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet14, resnet18, wide_resnet, fast_cnn)
 }
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -47,25 +47,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's: damaged metadata, many pixels; what matters is checked here
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > MOST_PIXELS:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
-            if min(image.size) < SMALLEST_SIDE:
-                raise UserError(
-                    f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way"
-                )
-            image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-            elif image.mode == "F":
-                raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return _upright_rgb(path)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -74,6 +56,28 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, UnidentifiedImageError):
         raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
+
+
+def _upright_rgb(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
+        if min(image.size) < SMALLEST_SIDE:
+            raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")
+        image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
+        image.load()
+        smaller = min(image.size) // (2 * WORKING_SIDE)
+        if smaller > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):  # the copies below would take a gigabyte
+            image = image.reduce(smaller)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:

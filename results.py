@@ -29,15 +29,15 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
     histories = [read_history(path / "history.jsonl")[1] for path in folders]
     accuracies = [score["accuracy"] for score in scores]
     spread = f" ± {statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else ""
+    minutes = statistics.mean(sum(line["seconds"] for line in history) for history in histories) / 60
     epochs = statistics.mean(map(len, histories))
-    seconds = statistics.median(line["seconds"] for history in histories for line in history)  # of an epoch
     reference = REFERENCES.get(recipe.removesuffix("_plus"))
     cells = (
         f"`{recipe}`",
         f"{scores[0]['parameters']:,}",
         f"{scores[0]['multiply_adds'] / 1e6:.1f} M",
         f"{epochs:.0f}",
-        f"{epochs * seconds / 60:.1f}",
+        f"{minutes:.1f}",
         f"**{statistics.mean(accuracies):.2%}**{spread} (n={len(accuracies)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
     )

@@ -329,6 +329,7 @@ def main(arguments: list[str]) -> None:
         if is_over(epochs_of(history, runs), settings):
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
+    kept = checkpoint.load(out / "best_model.pt", "best_model") if history else None  # the best so far
     print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
 
     # ---- data: all images stay uint8 on the device, splits are lists of indices into them -----------------------------
@@ -376,13 +377,11 @@ def main(arguments: list[str]) -> None:
                 best = lowest(history)
                 is_best = best is history[-1]
                 if is_best:
-                    kept = {
-                        **training.described(),
-                        "parameters": training.kept.state_dict(),
-                        "epoch": line["epoch"],
-                        "best": best,
-                    }
-                    checkpoint.save(out / "best_model.pt", {"kind": "best_model", **kept})
+                    parameters = {name: tensor.clone() for name, tensor in training.kept.state_dict().items()}
+                    kept = {"kind": "best_model", **training.described(), "parameters": parameters}
+                    kept |= {"epoch": line["epoch"], "best": history[-1]}
+                if is_best or not (out / "best_model.pt").exists():  # somebody may have removed it
+                    checkpoint.save(out / "best_model.pt", kept)
                 save_checkpoint(out, training, run, history)
                 checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
                 print(

@@ -30,6 +30,7 @@ PARAMETERS = {
     "resnet8": 77_754,
     "resnet14": 99_418,
     "resnet18": 11_175_370,
+    "wide_resnet": 653_178,
     "fast_cnn": 29_178,
 }
 
