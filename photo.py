@@ -13,7 +13,7 @@ from config import ROOT, UserError
 from data_preprocessing import SHOES, labels_of
 from model import infer
 
-MOST_PIXELS = 100_000_000  # a larger image is refused before it is decoded
+MOST_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
 SMALLEST_SIDE = 8  # pixels
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
 
@@ -51,7 +51,7 @@ def open_image(path: Path) -> Image.Image:
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: has too many pixels; at most {MOST_PIXELS:,}") from None
+        raise UserError(f"{path}: has too many pixels; save it smaller") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, UnidentifiedImageError):
@@ -60,11 +60,11 @@ def open_image(path: Path) -> Image.Image:
 
 def _upright_rgb(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
         if min(image.size) < SMALLEST_SIDE:
             raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")
         image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
         image.load()
         smaller = min(image.size) // (2 * WORKING_SIDE)
         if smaller > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):  # the copies below would take a gigabyte

@@ -280,6 +280,27 @@ def draw_accuracy_by_shots(rows: dict[str, dict[int, Sequence[float]]], heading:
     _save(figure, path)
 
 
+def draw_time_to_accuracy(recipes: dict[str, tuple[float, float]], ordinary: Sequence[tuple[float, float]], path: Path) -> None:
+    """Minutes of training (log scale) and accuracy of each recipe; of ordinary training the same by epoch."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*ordinary), "o-", color="0.6", markersize=3, label="ResNet-8 as its authors train it, validation, by epoch")
+    for name, (minutes, accuracy) in recipes.items():
+        colour = GREEN if name in ("fast", "tiny_best", "wide_best") else BLUE if name.endswith("_plus") else ORANGE
+        axes.plot(minutes, accuracy, "o", color=colour, markersize=6)
+        axes.annotate(name, (minutes, accuracy), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for colour, label in ((ORANGE, "a reference's way"), (BLUE, "the same network our way"), (GREEN, "our own networks")):
+        axes.plot([], [], "o", color=colour, label=f"{label}, test")
+    axes.set(xscale="log", xlabel="minutes of training", ylabel="accuracy", title="What accuracy costs")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
+    _save(figure, path)
+
+
 def draw_predictions(
     originals: Sequence[np.ndarray],
     views: np.ndarray,

@@ -15,21 +15,35 @@ from config import ROOT, UserError, run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
-OURS = ("fast", "tiny_best")
+OURS = ("fast", "tiny_best", "wide_best")
+RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
 MARKS = ("<!-- python results.py -->\n", "<!-- end of python results.py -->\n")
+
+
+def gathered(recipe: str, root: Path = ROOT) -> tuple[list[dict], list[list[dict]]]:
+    """A recipe's scores and histories, a seed each; none if it has not been tested."""
+    folder = root / "runs" / recipe
+    folders = [path.parent for path in sorted([*folder.glob("scores.json"), *folder.glob("seed_*/scores.json")])]
+    scores = [json.loads((path / "scores.json").read_text()) for path in folders]
+    return scores, [read_history(path / "history.jsonl")[1] for path in folders]
+
+
+def minutes_and_accuracy(recipe: str, root: Path = ROOT) -> tuple[float, float] | None:
+    """Means over seeds: minutes of training, test accuracy in 0..1. None for a recipe without scores."""
+    scores, histories = gathered(recipe, root)
+    if not scores:
+        return None
+    minutes = statistics.mean(sum(line["seconds"] for line in history) for history in histories) / 60
+    return minutes, statistics.mean(score["accuracy"] for score in scores)
 
 
 def row(recipe: str, root: Path = ROOT) -> str | None:
     """A recipe's line of the table, None if it has no scores."""
-    folder = root / "runs" / recipe
-    folders = [path.parent for path in sorted([*folder.glob("scores.json"), *folder.glob("seed_*/scores.json")])]
-    if not folders:
+    scores, histories = gathered(recipe, root)
+    if not scores:
         return None
-    scores = [json.loads((path / "scores.json").read_text()) for path in folders]
-    histories = [read_history(path / "history.jsonl")[1] for path in folders]
-    accuracies = [score["accuracy"] for score in scores]
-    spread = f" ± {statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else ""
-    minutes = statistics.mean(sum(line["seconds"] for line in history) for history in histories) / 60
+    minutes, accuracy = minutes_and_accuracy(recipe, root)
+    spread = f" ± {statistics.stdev(score['accuracy'] for score in scores):.2%}" if len(scores) > 1 else ""
     epochs = statistics.mean(map(len, histories))
     reference = REFERENCES.get(recipe.removesuffix("_plus"))
     cells = (
@@ -38,7 +52,7 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
         f"{scores[0]['multiply_adds'] / 1e6:.1f} M",
         f"{epochs:.0f}",
         f"{minutes:.1f}",
-        f"**{statistics.mean(accuracies):.2%}**{spread} (n={len(accuracies)})",
+        f"**{accuracy:.2%}**{spread} (n={len(scores)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
     )
     return f"| {' | '.join(cells)} |".replace("%", " %").replace("  %", " %")
@@ -49,8 +63,7 @@ def table(root: Path = ROOT) -> str:
         "| recipe | parameters | multiply-adds | epochs | minutes | test accuracy | the reference's |",
         "|---|---|---|---|---|---|---|",
     ]
-    recipes = [recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")]
-    lines += [line for recipe in (*recipes, *OURS) if (line := row(recipe, root))]
+    lines += [line for recipe in RECIPES if (line := row(recipe, root))]
     return "\n".join(lines) + "\n"
 
 
