@@ -62,7 +62,7 @@ class Settings(BaseModel):
         "resnet18",
         "wide_resnet",
         "fast_cnn",
-    ] = Field("cnn", description="the network, as model.py names it")
+    ] = Field("cnn", description="the network, as networks.py names it")
     pretrained: bool = Field(False, description="resnet18 starts from torchvision's ImageNet weights, which are downloaded")
     dropout: float = Field(-1.0, ge=-1, lt=1, description="probability in every dropout layer; -1 = the network's own")
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = Field(

@@ -18,7 +18,8 @@ import predict
 from config import Settings, load_settings, run_script
 from data_preprocessing import labels_by_name, load_images
 from metrics import calibration, confusion_matrix, per_class_scores, wilson_interval
-from model import Network, choose_device, count_parameters, evaluate, infer, layers
+from model import choose_device, count_parameters, evaluate, infer, layers
+from networks import Network
 
 TASKS = {2: "clothes or shoe", 10: "ten garments"}
 

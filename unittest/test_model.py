@@ -7,7 +7,6 @@ from config import Settings, UserError
 from model import (
     ACTIVATIONS,
     INITS,
-    NETWORKS,
     build,
     choose_device,
     choose_precision,
@@ -19,6 +18,7 @@ from model import (
     train_one_epoch,
     whiten,
 )
+from networks import NETWORKS
 from optimizer import Optimizer
 
 PARAMETERS = {
