@@ -182,25 +182,6 @@ def resnet18(output_dim: int) -> Network:
     return Network(features, 512, output_dim)
 
 
-def resnet14(output_dim: int) -> Network:
-    """Two blocks a stage, and narrower at the end, to stay under 100,000 parameters: 99,418."""
-    features = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(inplace=True),
-        ResidualBlock(16, 16, stride=1),  # 28
-        ResidualBlock(16, 16, stride=1),
-        ResidualBlock(16, 32, stride=2),  # 28 -> 14
-        ResidualBlock(32, 32, stride=1),
-        ResidualBlock(32, 40, stride=2),  # 14 -> 7
-        ResidualBlock(40, 40, stride=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),  # (N, 40, 1, 1) -> (N, 40)
-        nn.Dropout(0.0),
-    )
-    return Network(features, 40, output_dim)
-
-
 def fast_cnn(output_dim: int) -> Network:
     """Learns most from one look at each image: batch normalisation and few multiply-adds. 29,178 parameters."""
     features = nn.Sequential(
