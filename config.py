@@ -116,6 +116,9 @@ class Settings(BaseModel):
         description="list of name or name:strength, e.g. hflip:0.5,shift:2; "
         + "; ".join(f"{name}: {unit}, 0 to {top}, default {default}" for name, (default, top, unit) in AUGMENTATIONS.items()),
     )
+    gan_share: float = Field(0.3, ge=0, lt=1, description="augment=gan: share of the images in an epoch that are generated")
+    gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
+    generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
     auxiliary: float = Field(
         0.0, ge=0, description="weight of a second loss on the ten garments, from a head that is thrown away; 0 = none"
     )

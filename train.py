@@ -52,9 +52,6 @@ from stopping import Signals, Stopped, claimed, resuming
 
 class TrainSettings(Settings):
     resume: bool = Field(False, description="go on from out_dir/checkpoint.pt")
-    gan_share: float = Field(0.3, ge=0, lt=1, description="augment=gan: share of the images in an epoch that are generated")
-    gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
-    generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
 
 
 def epochs_of(history: list[dict], run: int) -> list[dict]:
@@ -70,10 +67,11 @@ def is_over(epochs: list[dict], settings: Settings) -> bool:
 
 def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) -> None:
     """Raises UserError if what is in `path`, trained under the settings `theirs`, has seen this run's validation images."""
-    if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio or theirs["folds"]:
+    if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio or theirs["folds"] or theirs["runs"] > 1:
         raise UserError(
-            f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']} folds={theirs['folds']}, so "
-            f"that it has seen validation images of seed={seed} valid_ratio={settings.valid_ratio}; train it with the same"
+            f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']} folds={theirs['folds']} "
+            f"runs={theirs['runs']}, so that it may have seen validation images of seed={seed} "
+            f"valid_ratio={settings.valid_ratio}; train it with the same"
         )
 
 
@@ -99,7 +97,7 @@ class Teacher:
 class Generated:
     """Images that a generator adds to `count` real ones, as many of each garment as of any other."""
 
-    def __init__(self, settings: TrainSettings, seed: int, count: int, device: torch.device):
+    def __init__(self, settings: Settings, seed: int, count: int, device: torch.device):
         from gan_model import draw, load_generator  # here, because most trainings need none
 
         path = ROOT / Path(settings.generator).expanduser()
