@@ -31,6 +31,18 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
 }
 
 
+SEARCH = {  # where tune.py looks: choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
+    "lr": (1e-4, 3e-2),
+    "batch_size": [64, 128, 256, 512],
+    "epochs": (5, 30),
+    "weight_decay": (1e-5, 1e-1),
+    "dropout": (0.0, 0.5),
+    "augment.hflip": [0.0, 0.5],
+    "augment.shift": (0, 3),
+    "augment.erase": (0.0, 0.5),
+}
+
+
 class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, and what to do."""
 

@@ -280,6 +280,27 @@ def draw_accuracy_by_shots(rows: dict[str, dict[int, Sequence[float]]], heading:
     _save(figure, path)
 
 
+def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[str, float], path: Path) -> None:
+    """A search's trials (number, validation loss, whether it was given up), the best so far, and what mattered: each
+    setting's share of the variance, in 0..1."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    history, importance = figure.subplots(1, 2, width_ratios=(3, 2))
+    for is_pruned, colour, label in ((False, BLUE, "trained to the end"), (True, "0.7", "given up")):
+        chosen = [(number, loss) for number, loss, pruned in trials if pruned == is_pruned and loss is not None]
+        history.plot(*zip(*chosen), "o", color=colour, markersize=4, label=label) if chosen else None
+    ended = [(number, loss) for number, loss, pruned in sorted(trials) if not pruned and loss is not None]
+    lowest_so_far = np.minimum.accumulate([loss for _, loss in ended])
+    history.step([number for number, _ in ended], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
+    history.set(xlabel="trial", ylabel="validation loss (nats)", title="Search", yscale="log")
+    history.legend(frameon=False)
+    names = sorted(weights, key=weights.get)
+    importance.barh(names, [weights[name] for name in names], color=BLUE)
+    importance.set(title="What mattered", xlabel="share of the variance of the loss")
+    for axes in (history, importance):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def draw_time_to_accuracy(recipes: dict[str, tuple[float, float]], ordinary: Sequence[tuple[float, float]], path: Path) -> None:
     """Minutes of training (log scale) and accuracy of each recipe; of ordinary training the same by epoch."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")

@@ -1,0 +1,134 @@
+"""Search for settings: `python tune.py recipe=NAME trials=N [key=value ...]`, any number of times at once.
+
+Each trial trains the recipe's network under settings drawn from SEARCH; trials that fall behind are given up early. What
+is given on the command line stays fixed. The trials stand in `storage`, by default a file in out_dir: calling again goes
+on, and several workers may share it, also from several machines if it is a database server's. The last one writes the
+best settings as a recipe, best.json, and plots/search.png. The lowest validation loss decides; the test images are not
+touched.
+"""
+
+import json
+import logging
+import math
+import warnings
+
+import optuna
+from pydantic import Field
+
+import checkpoint
+import plots
+from config import SEARCH, Settings, UserError, load_settings, run_script
+from data_preprocessing import load_images, split_indices
+from model import choose_device, choose_precision, keep_freed_memory
+from train import Training, is_over
+
+NO_RECIPE = {"recipe", "data_dir", "out_dir", "seed", "device", "limit"}  # what is no part of a way to train
+HEARTBEAT = 20  # seconds; a worker that is silent for three of them is taken for dead, and its trial is tried again
+
+
+class TuneSettings(Settings):
+    trials: int = Field(50, ge=1, description="trials in all, of all workers and calls together")
+    storage: str = Field("", description="where trials stand: a database URL; empty = the SQLite file out_dir/tune.db")
+
+
+def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
+    """Settings from SEARCH, but for those that are fixed."""
+    chosen: dict[str, object] = {}
+    for name, space in SEARCH.items():
+        if name in fixed or (name.startswith("augment.") and "augment" in fixed):
+            continue
+        if isinstance(space, list):
+            chosen[name] = trial.suggest_categorical(name, space)
+        elif all(isinstance(end, int) for end in space):
+            chosen[name] = trial.suggest_int(name, *space)
+        else:
+            chosen[name] = trial.suggest_float(name, *space, log=space[0] > 0)
+    strengths = {name.removeprefix("augment."): chosen.pop(name) for name in list(chosen) if name.startswith("augment.")}
+    if strengths:
+        chosen["augment"] = ",".join(f"{name}:{strength:.3g}" for name, strength in strengths.items() if strength)
+    return chosen
+
+
+def main(arguments: list[str]) -> None:
+    settings = load_settings(arguments, TuneSettings)
+    out = settings.out_path if settings.out_dir else settings.out_path / "tune"
+    own = ("trials", "storage", "out_dir")
+    words = [word for word in arguments if word.partition("=")[0] not in own]
+    fixed = {word.partition("=")[0] for word in words}
+    device = choose_device(settings.device)
+    keep_freed_memory()
+    images, garments = load_images("train", settings.data_path)
+    train, valid = split_indices(garments, settings.valid_ratio, settings.seed)
+    images, garments, valid = images.to(device), garments.to(device), valid.to(device)
+    train = train[: settings.limit or None].to(device)
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = draw(trial, fixed)
+        trial.set_user_attr("settings", json.dumps(chosen))
+        of_trial = load_settings([*words, *(f"{name}={value}" for name, value in chosen.items())])
+        precision = choose_precision(of_trial.precision, device)
+        training = Training(of_trial, of_trial.seed, images, garments, train, valid, precision)
+        epochs: list[dict] = []
+        while not is_over(epochs, of_trial):
+            try:
+                epochs.append(training.train_epoch(len(epochs) + 1, [line["valid_loss"] for line in epochs]))
+            except UserError:  # a loss that is not finite
+                return math.inf
+            trial.report(epochs[-1]["valid_loss"], len(epochs))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        best = checkpoint.lowest(epochs)
+        trial.set_user_attr("valid_accuracy", best["valid_accuracy"])
+        return best["valid_loss"]
+
+    def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        value = "given up" if trial.value is None or not trial.values else f"validation loss {trial.value:.5f}"
+        print(f"trial {trial.number}: {value}, {trial.user_attrs.get('settings')}", flush=True)
+
+    optuna.logging.set_verbosity(logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+    out.mkdir(parents=True, exist_ok=True)
+    url = settings.storage or f"sqlite:///{out / 'tune.db'}"
+    try:
+        storage = optuna.storages.RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+        )
+        study = optuna.create_study(
+            storage=storage,
+            study_name=settings.recipe or "task 1",
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(seed=settings.seed, constant_liar=True),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+        )
+    except Exception as error:  # whatever a database's driver raises
+        raise UserError(f"storage={url}: can't be opened ({' '.join(str(error).split())[:150]}); check the URL") from None
+    counted = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    enough = optuna.study.MaxTrialsCallback(settings.trials, states=counted)
+    done = study.get_trials(states=counted)
+    if len(done) < settings.trials:
+        study.optimize(objective, callbacks=[tell, enough])
+
+    # ---- report -------------------------------------------------------------------------------------------------------
+    ended = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    if not ended:
+        raise UserError(f"{url}: no trial has ended yet; raise trials={settings.trials}")
+    found = json.loads(study.best_trial.user_attrs["settings"])
+    best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())]).model_dump()
+    task_1 = load_settings([]).model_dump()
+    recipe = {name: value for name, value in best.items() if value != task_1[name] and name not in NO_RECIPE}
+    checkpoint.write_atomically(out / "best.json", (json.dumps(recipe, indent=2) + "\n").encode())
+    weights = optuna.importance.get_param_importances(study) if len(ended) > 3 else {}
+    trials = study.get_trials(states=counted)
+    plots.draw_search(
+        [(trial.number, trial.value, trial.state.name == "PRUNED") for trial in trials], weights, out / "plots" / "search.png"
+    )
+    accuracy = study.best_trial.user_attrs["valid_accuracy"]
+    print(f"best of {len(trials)}: validation loss {study.best_value:.5f}, accuracy {accuracy:.3%}")
+    print(f"wrote the recipe {out / 'best.json'} and {out / 'plots' / 'search.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
