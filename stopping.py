@@ -45,6 +45,16 @@ def resuming(script: str, arguments: list[str]) -> str:
     return " ".join(["python", script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keeps other runs out of `folder`, until this process ends in whatever way. Raises UserError if one is in it."""
@@ -64,6 +74,9 @@ def claimed(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise UserError(f"{folder}: {file.read()} is at work there; wait for it or choose another out_dir") from None
+        for part in folder.glob(".*.part"):  # of saves that a kill cut short
+            if not _is_alive(int(part.name.split(".")[-2])):
+                part.unlink(missing_ok=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
         file.flush()

@@ -121,7 +121,7 @@ def kills(folder: Path) -> None:
             process = forked(train.main, [*words, *resume, f"out_dir={killed}"])
             deadline = time.perf_counter() + random.uniform(0, usual / 3)
             while not (has_ended := os.waitpid(process, os.WNOHANG)[0] != 0):
-                is_saving = any(killed.glob(".*.part"))
+                is_saving = any(killed.glob(f".*.{process}.part"))
                 if count < KILLS and (is_saving if count % 2 else time.perf_counter() > deadline):
                     os.kill(process, signal.SIGKILL)
                     os.waitpid(process, 0)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_two_runs_keep_out_of_each_others_folder(tmp_path):
         with pytest.raises(UserError, match=f"process {os.getpid()} .* is at work there"):
             run(tmp_path)
     run(tmp_path, "epochs=1")  # it is free again
+
+
+def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, others = tmp_path / f".checkpoint.pt.{dead.pid}.part", tmp_path / f".scores.json.{os.getpid()}.part"
+    for path in (left, others):
+        path.touch()
+    with claimed(tmp_path):
+        assert not left.exists() and others.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
