@@ -75,7 +75,8 @@ def claimed(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(f"{folder}: {file.read()} is at work there; wait for it or choose another out_dir") from None
         for part in folder.glob(".*.part"):  # of saves that a kill cut short
-            if not _is_alive(int(part.name.split(".")[-2])):
+            process = part.name.split(".")[-2]
+            if process.isdigit() and not _is_alive(int(process)):
                 part.unlink(missing_ok=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
