@@ -17,7 +17,7 @@ def seeded():
 
 
 def test_settings_know_every_augmentation():
-    assert set(AUGMENTATIONS) == set(FUNCTIONS)
+    assert set(AUGMENTATIONS) == {*FUNCTIONS, "gan"}  # which adds images, and changes none
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -157,6 +158,7 @@ def test_resuming_from_another_networks_state_is_refused(undisturbed, tmp_path):
     altered["optimizer"]["momenta"].pop()
     altered["history"] = altered["history"][:1]
     checkpoint.save(tmp_path / "checkpoint.pt", altered)
+    shutil.copyfile(undisturbed[1] / "best_model.pt", tmp_path / "best_model.pt")
     with pytest.raises(UserError, match=r"checkpoint\.pt: its state doesn't fit"):
         run(tmp_path, "resume=true")
 
