@@ -250,7 +250,8 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
             run("test.py", *train[1:])
             scores = json.loads(Path(f"{folder}/ours/scores.json").read_text())
             accuracies.append(scores["accuracy"])
-            print(f"seed {seed}: {seconds:.1f} s, {scores['accuracy']:.2%}, mistakes {scores['mistakes']}", flush=True)
+            mistakes = scores["mistakes"] if len(scores["mistakes"]) < 20 else len(scores["mistakes"])
+            print(f"seed {seed}: {seconds:.1f} s, {scores['accuracy']:.2%}, mistakes {mistakes}", flush=True)
         else:
             best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
             accuracies.append(best["valid_accuracy"])
