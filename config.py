@@ -282,6 +282,8 @@ def run_script(main, arguments: list[str] | None = None) -> None:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # who reads our output has seen enough of it
+        os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
         raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
     sys.stdout.flush()
