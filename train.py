@@ -127,7 +127,7 @@ class Training:
         precision: torch.dtype,
     ):
         device = images.device
-        self.settings, self.precision, self.seed = settings, precision, seed
+        self.settings, self.precision = settings, precision
         self.mean, self.std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
         self.generated = None
         if settings.gan_share and "gan" in parse_augment(settings.augment):
