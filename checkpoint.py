@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import parallel
 from config import Settings, UserError
 from model import build
 
@@ -26,8 +27,11 @@ MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 def write_atomically(path: Path, contents: bytes) -> None:
     """Write beside `path`, flush to disk, move over it: a reader sees the old file or the new one, never a part.
 
+    Of several processes that train together only the first one writes.
     Raises UserError, with the old file untouched, if the disk is full or the folder can't be written.
     """
+    if parallel.rank():
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import parallel
 from augmentation import augment
 from config import Settings, UserError
 from data_preprocessing import normalise
@@ -194,9 +195,23 @@ def evaluate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+class Heads(nn.Module):
+    """What is trained: a network and, on its features, an auxiliary head that maps them to the ten garments, if any.
+
+    Normalised images `(N, 1, 28, 28)` -> logits `(N, output_dim)` and the garments' logits `(N, 10)`, or None.
+    """
+
+    def __init__(self, network: Network, auxiliary: nn.Module | None):
+        super().__init__()
+        self.network, self.auxiliary = network, auxiliary
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features = self.network.features(x)
+        return self.network.classifier(features), self.auxiliary(features) if self.auxiliary is not None else None
+
+
 def train_one_epoch(
-    network: Network,
-    auxiliary: nn.Module | None,
+    heads: nn.Module,
     batches: Iterable[torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -215,22 +230,23 @@ def train_one_epoch(
     """Train on `batches` of indices into `images`; add to `sums`, float64 `(3,)`: images, their cross-entropies, in nats,
     and how many were classified correctly.
 
-    `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on the network's device. The auxiliary
-    head, if any, maps the network's features to the ten garments; `teach`, if any, a batch of augmented images to a
-    teacher's logits, which the network's should resemble (Hinton et al. 2015, arXiv 1503.02531, section 2). Each image's
-    latest cross-entropy is written to `image_losses` `(N,)`. `step`, called when the gradients are there, moves the
-    parameters and removes the gradients.
+    `heads` is a Heads, perhaps one that several processes train together: each computes its share of every batch, and all
+    get the same sums and losses. `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on its device.
+    `teach`, if any, maps a batch of augmented images to a teacher's logits, which the network's should resemble (Hinton
+    et al. 2015, arXiv 1503.02531, section 2). Each image's latest cross-entropy is written to `image_losses` `(N,)`.
+    `step`, called when the gradients are there, moves the parameters and removes the gradients.
     Raises UserError, before the parameters change, on a loss that is not finite.
     """
-    network.train()
+    heads.train()
     device = images.device
     for number, indices in enumerate(batches, 1):
-        batch = augment(images[indices], settings.augment, generator)
+        # augmented before it is shared out, so that the random numbers are the same for any number of processes
+        batch = parallel.share(augment(images[indices], settings.augment, generator))
+        mine = parallel.share(indices)
         x = normalise(batch, mean, std)
-        target = labels[indices]
+        target = labels[mine]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            features = network.features(x)
-            logits = network.classifier(features)
+            logits, garment_logits = heads(x)
             each = F.cross_entropy(logits, target, reduction="none")
             loss = each.mean()
             if settings.label_smoothing:
@@ -239,16 +255,18 @@ def train_one_epoch(
                 wanted = (teach(batch) / settings.temperature).softmax(1)
                 likeness = F.cross_entropy(logits / settings.temperature, wanted) * settings.temperature**2
                 loss = settings.teacher_share * likeness + (1 - settings.teacher_share) * loss
-            if auxiliary is not None:
-                loss = loss + settings.auxiliary * F.cross_entropy(auxiliary(features), garments[indices])
+            if garment_logits is not None:
+                loss = loss + settings.auxiliary * F.cross_entropy(garment_logits, garments[mine])
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in batch {number}; a smaller lr may help")
-        loss.backward()
-        each = each.detach().float()
+        # the mean of the processes' gradients is that of the whole batch also if their shares differ by an image
+        (loss * (parallel.count() * len(mine) / len(indices))).backward()
+        each = parallel.whole(each.detach().float(), len(indices))
+        correct = parallel.whole((logits.argmax(1) == target).int(), len(indices))
         image_losses[indices] = each
         sums[0] += len(indices)
         sums[1] += each.sum()
-        sums[2] += (logits.argmax(1) == target).sum()
+        sums[2] += correct.sum()
         step()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import parallel
 from config import UserError
 
 
@@ -35,9 +36,10 @@ class Signals:
         self.received = number
 
     def check(self) -> None:
-        """Raises Stopped if a signal came."""
-        if self.received:
-            raise Stopped(self.received)
+        """Raises Stopped if a signal came, to whichever of the processes that train together."""
+        received = parallel.any_of(self.received)
+        if received:
+            raise Stopped(received)
 
 
 def resuming(script: str, arguments: list[str]) -> str:

@@ -9,6 +9,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 from checkpoint import check_same_settings, lowest
 from config import ROOT, Settings, UserError, load_settings, parse_augment, run_script
 from data_preprocessing import (
@@ -32,6 +34,7 @@ from data_preprocessing import (
     split_indices,
 )
 from model import (
+    Heads,
     average_into,
     build,
     choose_device,
@@ -159,8 +162,10 @@ class Training:
         self.averaged = copy.deepcopy(self.network) if settings.average else None
         self.kept = self.averaged or self.network  # what is validated and kept
         self.auxiliary = nn.Linear(self.network.classifier.in_features, 10).to(device) if settings.auxiliary else None
-        parameters = [*self.network.parameters(), *(self.auxiliary.parameters() if self.auxiliary else ())]
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.heads = parallel.together(Heads(self.network, self.auxiliary), device)
+        if parallel.rank():
+            torch.manual_seed(seed + parallel.rank())  # of what dropout leaves out: not the same on every process
+        trained = [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
         self.teacher = Teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
@@ -169,8 +174,7 @@ class Training:
     def train_on(self, indices: Sequence[torch.Tensor], sums: torch.Tensor, step: Callable[[], None]) -> None:
         """`train_one_epoch` on batches of indices."""
         train_one_epoch(
-            self.network,
-            self.auxiliary,
+            self.heads,
             indices,
             self.images,
             self.labels,
@@ -185,6 +189,11 @@ class Training:
             sums=sums,
             step=step,
         )
+
+    def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits as `model.infer`'s, of which each process computes its share."""
+        logits = infer(network, parallel.share(images), self.mean, self.std, self.precision)
+        return parallel.whole(logits, len(images))
 
     def train_epoch(self, epoch: int, valid_losses: Sequence[float], check: Callable[[], None] = lambda: None) -> dict:
         """Train and validate; the epoch's line of history.
@@ -218,8 +227,9 @@ class Training:
                 bar.set_postfix_str(f"loss {losses / seen:.4f}, accuracy {correct / seen:.2%}")
             check()
 
+        name, quiet = f"epoch {epoch}/{settings.epochs}", True if parallel.rank() else None  # None: not on a terminal
         try:
-            with tqdm(total=images, unit=" images", desc=f"epoch {epoch}/{settings.epochs}", disable=None, leave=False) as bar:
+            with tqdm(total=images, unit=" images", desc=name, disable=quiet, leave=False) as bar:
                 self.train_on(batches(partial["order"], settings.batch_size)[partial["batches"] :], sums, step)
         except UserError as error:
             raise UserError(f"epoch {epoch}: {error}") from None
@@ -228,10 +238,10 @@ class Training:
         started = time.perf_counter()
         if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
             unseen = self.train[self.image_losses[self.train].isinf()]
-            logits = infer(self.network, self.images[unseen], self.mean, self.std, self.precision)
+            logits = self.infer(self.network, self.images[unseen])
             losses = F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none")
             self.image_losses[unseen] = losses.to(self.image_losses.device)
-        logits = infer(self.kept, self.valid_images, self.mean, self.std, self.precision)
+        logits = self.infer(self.kept, self.valid_images)
         valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
         self.partial = None
         seen, losses, correct = sums.tolist()
@@ -259,6 +269,7 @@ class Training:
         }
 
     def state_dict(self) -> dict:
+        random = parallel.whole(torch.get_rng_state().unsqueeze(0), parallel.count())  # a row for each process
         return {
             "parameters": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
@@ -266,7 +277,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "image_losses": self.image_losses,
             "partial": self.partial,
-            "random": {"generator": self.generator.get_state(), "torch": torch.get_rng_state()},
+            "random": {"generator": self.generator.get_state(), "torch": random},
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -281,7 +292,8 @@ class Training:
             device = self.images.device
             self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
         self.generator.set_state(saved["random"]["generator"])
-        torch.set_rng_state(saved["random"]["torch"])
+        states = torch.atleast_2d(saved["random"]["torch"])
+        torch.set_rng_state(states[parallel.rank() % len(states)].clone())
 
 
 def save_checkpoint(out: Path, training: Training, run: int, history: list[dict]) -> None:
@@ -316,11 +328,12 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TrainSettings)
     out = settings.out_path
-    device = choose_device(settings.device)
+    device = parallel.start(choose_device(settings.device))
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
     runs = settings.folds or settings.runs
-    saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if settings.resume else None
+    goes_on = settings.resume or parallel.has_restarted()
+    saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if goes_on else None
     history = saved["history"] if saved else []  # a line per epoch, of all runs
     if saved:
         check_same_settings(saved["settings"], settings)
@@ -338,7 +351,7 @@ def main(arguments: list[str]) -> None:
         splits = [split_indices(garments, settings.valid_ratio, settings.seed + run) for run in range(runs)]
     images, garments = images.to(device), garments.to(device)
 
-    with claimed(out), Signals() as signals:
+    with claimed(out) if parallel.rank() == 0 else nullcontext(), Signals() as signals:
         for run, (train, valid) in enumerate(splits, 1):
             if is_over(epochs_of(history, run), settings):
                 continue
@@ -360,6 +373,9 @@ def main(arguments: list[str]) -> None:
                 + f"{settings.architecture} on {device} in {str(precision)[6:]}; "
                 f"{len(train):,} training and {len(valid):,} validation images"
             )
+
+            if parallel.count() > 1 and not saved and run == 1:
+                save_checkpoint(out, training, run, history)  # what torchrun goes on from if a process dies at once
 
             # ---- loop -------------------------------------------------------------------------------------------------
             while not is_over(epochs := epochs_of(history, run), settings):
@@ -392,9 +408,10 @@ def main(arguments: list[str]) -> None:
                 print(f"stopped early: {settings.patience} epochs without a lower validation loss")
 
     # ---- report -------------------------------------------------------------------------------------------------------
-    import plots  # here, because matplotlib takes half a second to import
+    if parallel.rank() == 0:
+        import plots  # here, because matplotlib takes half a second to import
 
-    plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
+        plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
     if runs > 1:
         print_runs([lowest(epochs_of(history, run)) for run in range(1, runs + 1)], "fold" if settings.folds else "run")
     best = lowest(history)

@@ -7,6 +7,7 @@ from config import Settings, UserError
 from model import (
     ACTIVATIONS,
     INITS,
+    Heads,
     build,
     choose_device,
     choose_precision,
@@ -144,8 +145,7 @@ def step(network, data, *, precision=torch.float32, repeats=1):
     for _ in range(repeats):
         sums = torch.zeros(3, dtype=torch.float64)
         train_one_epoch(
-            network,
-            auxiliary,
+            Heads(network, auxiliary),
             [torch.arange(128)],
             images,
             labels,
