@@ -10,6 +10,7 @@
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
     part=fast      part=accuracy of recipe=fast, and its seconds against those in which ResNet-8, trained as its authors do,
                    reaches their accuracy on validation images
+    part=parallel  epochs of one process with all threads against those of as many processes, of one thread each
 
 Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
 """
@@ -31,7 +32,7 @@ import plots
 from checkpoint import lowest, read_history
 from config import ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, find_idx
-from model import layers
+from model import build, layers
 from results import RECIPES, REFERENCES, minutes_and_accuracy
 
 ORDINARY = {  # architecture -> batch size, learning rate and epochs of its reference
@@ -42,7 +43,7 @@ FEED_STEPS = 50
 
 
 class BenchSettings(Settings):
-    part: Literal["train", "test", "memory", "valid", "feed", "accuracy", "fast"] = Field(
+    part: Literal["train", "test", "memory", "valid", "feed", "accuracy", "fast", "parallel"] = Field(
         "train", description="what to measure"
     )
     repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds")
@@ -72,7 +73,7 @@ def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     from data_preprocessing import SHOES, split_indices
-    from model import build, evaluate
+    from model import evaluate
 
     batch_size, lr, epochs = ORDINARY[architecture]
     torch.manual_seed(seed)
@@ -265,6 +266,26 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
     return all_seconds, accuracies
 
 
+def side_by_side(settings: BenchSettings, folder: str, words: list[str]) -> None:
+    """Seconds of training's third epoch, of one process and of several, in turn."""
+    import torch
+
+    count = torch.get_num_threads()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    sides = {f"one process with {count} threads": [], f"{count} processes with one thread": torchrun}
+    seconds = {name: [] for name in sides}
+    for _ in range(settings.repeats):
+        for name, start in sides.items():
+            run(*start, "train.py", *words, "epochs=3", "patience=0", f"out_dir={folder}/{name}")
+            seconds[name].append(read_history(Path(folder, name, "history.jsonl"))[1][-1]["seconds"])
+    for name, values in seconds.items():
+        print(told(name, values, "s an epoch"))
+    one, several = seconds.values()
+    print(told("ratio", [a / b for a, b in zip(one, several)], "times"))
+    parameters = sum(layer.parameters for layer in layers(build(settings.architecture, settings.output_dim)))
+    print(f"gradients: {parameters * 4 / 1e6:.2f} MB a step of {settings.batch_size} images")
+
+
 def fast(settings: BenchSettings, folder: str, train: list[str]) -> None:
     """Seconds to an accuracy: recipe=fast, and ResNet-8 trained as its authors do until it has theirs."""
     ours, accuracies = over_seeds(settings, folder, train, test=True)
@@ -295,6 +316,8 @@ def main(arguments: list[str]) -> None:
             copy_images(settings, folder)
         if settings.part == "train":
             against_ordinary(settings, folder, train)
+        elif settings.part == "parallel":
+            side_by_side(settings, folder, words)
         elif settings.part == "fast":
             fast(settings, folder, train)
         elif settings.part == "test":

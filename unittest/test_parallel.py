@@ -1,6 +1,7 @@
 """Several processes that train one network. As a script, `torchrun unittest/test_parallel.py LOSSES.json key=value ...`,
 this file writes the losses of a training's first 50 steps."""
 
+import itertools
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ def first_losses(words: list[str]) -> list[float]:
     with pytest.raises(Stopped):
         training.train_epoch(1, [], check)
     assert device.type == "cpu"
-    return [after - before for before, after in zip(sums, sums[1:])]
+    return [after - before for before, after in itertools.pairwise(sums)]
 
 
 @pytest.mark.parametrize("case", CASES)
