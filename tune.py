@@ -10,9 +10,13 @@ touched.
 import json
 import logging
 import math
+import os
+import platform
+import time
 import warnings
 
 import optuna
+import sqlalchemy
 from pydantic import Field
 
 import checkpoint
@@ -49,6 +53,35 @@ def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
     return chosen
 
 
+def open_study(url: str, settings: TuneSettings) -> optuna.Study:
+    """The trials at `url`, new or old. Raises UserError if that is no database that can be reached."""
+    optuna.logging.set_verbosity(logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
+    attempts = 3
+    while True:
+        attempts -= 1
+        try:
+            storage = optuna.storages.RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=3 * HEARTBEAT,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+            )
+            return optuna.create_study(
+                storage=storage,
+                study_name=settings.recipe or "task 1",
+                load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(seed=settings.seed, constant_liar=True),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+            )
+        except Exception as error:  # whatever a database's driver raises
+            if attempts and isinstance(error, sqlalchemy.exc.DBAPIError):
+                time.sleep(1)  # of workers that start at once, one makes the tables, and the others fail
+                continue
+            told = " ".join(str(error).split())[:150]
+            raise UserError(f"storage={url}: can't be opened ({told}); check the URL") from None
+
+
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TuneSettings)
     out = settings.out_path if settings.out_dir else settings.out_path / "tune"
@@ -65,6 +98,7 @@ def main(arguments: list[str]) -> None:
     def objective(trial: optuna.Trial) -> float:
         chosen = draw(trial, fixed)
         trial.set_user_attr("settings", json.dumps(chosen))
+        trial.set_user_attr("worker", f"{platform.node()} {os.getpid()}")
         of_trial = load_settings([*words, *(f"{name}={value}" for name, value in chosen.items())])
         precision = choose_precision(of_trial.precision, device)
         training = Training(of_trial, of_trial.seed, images, garments, train, valid, precision)
@@ -85,26 +119,9 @@ def main(arguments: list[str]) -> None:
         value = "given up" if trial.value is None or not trial.values else f"validation loss {trial.value:.5f}"
         print(f"trial {trial.number}: {value}, {trial.user_attrs.get('settings')}", flush=True)
 
-    optuna.logging.set_verbosity(logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
     out.mkdir(parents=True, exist_ok=True)
     url = settings.storage or f"sqlite:///{out / 'tune.db'}"
-    try:
-        storage = optuna.storages.RDBStorage(
-            url,
-            heartbeat_interval=HEARTBEAT,
-            grace_period=3 * HEARTBEAT,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
-        )
-        study = optuna.create_study(
-            storage=storage,
-            study_name=settings.recipe or "task 1",
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=settings.seed, constant_liar=True),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
-        )
-    except Exception as error:  # whatever a database's driver raises
-        raise UserError(f"storage={url}: can't be opened ({' '.join(str(error).split())[:150]}); check the URL") from None
+    study = open_study(url, settings)
     counted = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(settings.trials, states=counted)
     done = study.get_trials(states=counted)
