@@ -11,6 +11,9 @@
     part=fast      part=accuracy of recipe=fast, and its seconds against those in which ResNet-8, trained as its authors do,
                    reaches their accuracy on validation images
     part=parallel  epochs of one process with all threads against those of as many processes, of one thread each
+    part=few       validation accuracy of deep_cnn_dropout after training on few images, of N seeds: with and without
+                   augmentation and images of a GAN that learnt from the same few. What has ended is kept in runs/few, so
+                   that calling again goes on
 
 Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
 """
@@ -40,10 +43,18 @@ ORDINARY = {  # architecture -> batch size, learning rate and epochs of its refe
     "resnet8": (64, 0.0001, 1000),
 }
 FEED_STEPS = 50
+FEW = {100: 200, 500: 100, 1_000: 80, 5_000: 40, 54_000: 12}  # training images -> epochs
+FEW_GAN_STEPS = 3_000
+FEW_WAYS = {
+    "as they are": "",
+    "cropped, mirrored, erased": "crop,hflip,erase",
+    "with generated ones": "gan",
+    "both": "crop,hflip,erase,gan",
+}
 
 
 class BenchSettings(Settings):
-    part: Literal["train", "test", "memory", "valid", "feed", "accuracy", "fast", "parallel"] = Field(
+    part: Literal["train", "test", "memory", "valid", "feed", "accuracy", "fast", "parallel", "few"] = Field(
         "train", description="what to measure"
     )
     repeats: int = Field(3, ge=1, le=100, description="runs of each side, or seeds")
@@ -204,6 +215,10 @@ def told(name: str, values: list[float], unit: str) -> str:
     return f"{name}: median {statistics.median(values):.2f} {unit}, {min(values):.2f} to {max(values):.2f} (n={len(values)})"
 
 
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def in_turn(repeats: int, ours: list[str], other: list[str], figure: int) -> None:
     """Run both in turn and print both medians and that of the pairs' ratio. `figure`: 0 seconds, 1 memory in MB."""
     for command in (ours, other):
@@ -257,9 +272,8 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
             best = lowest(read_history(Path(folder, "ours", "history.jsonl"))[1])
             accuracies.append(best["valid_accuracy"])
             print(f"seed {seed}: {seconds:.1f} s, {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
-    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     print(
-        f"{'test' if test else 'validation'}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread:.3%}, "
+        f"{'test' if test else 'validation'}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread(accuracies):.3%}, "
         f"{min(accuracies):.3%} to {max(accuracies):.3%} (n={len(accuracies)})"
     )
     print(told(" ".join(("python", *train[:-1])), all_seconds, "s"))
@@ -286,6 +300,41 @@ def side_by_side(settings: BenchSettings, folder: str, words: list[str]) -> None
     print(f"gradients: {parameters * 4 / 1e6:.2f} MB a step of {settings.batch_size} images")
 
 
+def few(settings: BenchSettings) -> None:
+    """What a GAN's images are worth when there are few others."""
+    folder = ROOT / "runs" / "few"
+
+    def lines(out: Path, *command: str) -> list[dict]:
+        """The epochs of a run of this command, which goes on if there is one."""
+        resume = ["resume=true"] if (out / "checkpoint.pt").exists() else []
+        run(*command, "valid_ratio=0.1", f"out_dir={out}", *resume)
+        return read_history(out / "history.jsonl")[1]
+
+    accuracies: dict[str, dict[int, list[float]]] = {way: {count: [] for count in FEW} for way in FEW_WAYS}
+    for seed in range(settings.repeats):
+        for count, epochs in FEW.items():
+            data = [f"seed={seed}", f"limit={count}"]
+            made = folder / f"gan_{count}_{seed}"
+            passes = max(1, 12_800 // count)  # so that an epoch has 100 batches at least
+            steps = passes * count // 128
+            lines(made, "gan.py", "train", *data, f"passes={passes}", f"epochs={round(FEW_GAN_STEPS / steps)}")
+            for number, (way, augmentations) in enumerate(FEW_WAYS.items()):
+                words = [f"augment={augmentations}", "gan_share=0.5", f"generator={made / 'generator.pt'}", f"epochs={epochs}"]
+                words += ["recipe=deep_cnn_dropout", "schedule=one_cycle", f"batch_size={50 if count < 5_000 else 128}"]
+                epoch = lowest(lines(folder / f"{count}_{number}_{seed}", "train.py", *data, *words))
+                accuracies[way][count].append(epoch["valid_accuracy"])
+                print(f"seed {seed}, {count:,} images, {way}: {epoch['valid_accuracy']:.2%}", flush=True)
+    print("| training images |", " | ".join(FEW_WAYS), "|")
+    for count in FEW:
+        cells = [accuracies[way][count] for way in FEW_WAYS]
+        print(f"| {count:,} |", " | ".join(f"{statistics.mean(cell):.1%} ± {spread(cell):.1%}" for cell in cells), "|")
+    path = ROOT / "plots" / "few_images.png"
+    heading = f"deep_cnn_dropout on validation images, {settings.repeats} seeds"
+    band = "lowest to highest seed"
+    plots.draw_accuracy_by_count(accuracies, "training images", heading, path, bands=len(FEW_WAYS), band=band)
+    print(f"wrote {path}")
+
+
 def fast(settings: BenchSettings, folder: str, train: list[str]) -> None:
     """Seconds to an accuracy: recipe=fast, and ResNet-8 trained as its authors do until it has theirs."""
     ours, accuracies = over_seeds(settings, folder, train, test=True)
@@ -307,8 +356,8 @@ def main(arguments: list[str]) -> None:
     if "part=fast" in arguments and not any(word.startswith("recipe=") for word in arguments):
         arguments = ["recipe=fast", *arguments]
     settings = load_settings(arguments, BenchSettings)
-    if settings.part == "feed":
-        return feed(settings)
+    if settings.part in ("feed", "few"):
+        return {"feed": feed, "few": few}[settings.part](settings)
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
     with tempfile.TemporaryDirectory() as folder:
         train = ["train.py", *words, f"out_dir={folder}/ours"]

@@ -41,6 +41,7 @@ DISCRIMINATORS_LR = 2  # times the generator's: two time scales, Heusel et al. 2
 
 class GanSettings(Settings):
     resume: bool = Field(False, description="train: go on from out_dir/checkpoint.pt")
+    passes: int = Field(1, ge=1, le=10_000, description="train: how often an epoch goes over all images")
     per_class: int = Field(100, ge=1, le=100_000, description="sample: images of each class")
     classes: str = Field("", description="sample: which, e.g. Sneaker,Bag; empty = all ten")
     spread: float = Field(1.0, gt=0, le=3, description="sample, score: standard deviation of the noise; below 1, less varied")
@@ -96,7 +97,8 @@ class GanTraining:
         for network in (self.generator, self.discriminator):
             network.train()
         if self.partial is None:
-            order = self.train[torch.randperm(len(self.train), generator=self.random, device=device)]
+            orders = [torch.randperm(len(self.train), generator=self.random, device=device) for _ in range(settings.passes)]
+            order = self.train[torch.cat(orders)]
             sums = torch.zeros(2, dtype=torch.float64, device=device)
             self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
         partial = self.partial

@@ -259,19 +259,21 @@ def draw_reliability(
     _save(figure, path)
 
 
-def draw_accuracy_by_shots(rows: dict[str, dict[int, Sequence[float]]], heading: str, path: Path) -> None:
-    """Mean accuracy by number of support images, a line for each method in `rows[method][shots]`, the accuracies of its
-    episodes; the band of the first goes from its worst to its best episode."""
+def draw_accuracy_by_count(
+    rows: dict[str, dict[int, Sequence[float]]], counted: str, heading: str, path: Path, *, bands: int, band: str
+) -> None:
+    """Mean accuracy by number of images, a line for each way in `rows[way][count]`, the accuracies of its trials; around
+    the first `bands` lines a band from the worst to the best of them, which `band` names."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for number, ((method, by_shots), colour) in enumerate(zip(rows.items(), (BLUE, ORANGE, GREEN, "0.5"))):
-        shots = sorted(by_shots)
-        axes.plot(shots, [np.mean(by_shots[k]) for k in shots], "o-", color=colour, markersize=4, label=method)
-        if number == 0:
-            low, high = ([extreme(by_shots[k]) for k in shots] for extreme in (min, max))
-            axes.fill_between(shots, low, high, color=colour, alpha=0.12, label="its worst to its best episode")
-    axes.set(xlabel="support images of each class", ylabel="accuracy", title=heading, xscale="log")
-    axes.set_xticks(shots, shots)
+    for number, ((way, by_count), colour) in enumerate(zip(rows.items(), (BLUE, ORANGE, GREEN, "0.5"))):
+        counts = sorted(by_count)
+        axes.plot(counts, [np.mean(by_count[count]) for count in counts], "o-", color=colour, markersize=4, label=way)
+        if number < bands:
+            low, high = ([extreme(by_count[count]) for count in counts] for extreme in (min, max))
+            axes.fill_between(counts, low, high, color=colour, alpha=0.12, label=None if number else band)
+    axes.set(xlabel=counted, ylabel="accuracy", title=heading, xscale="log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.25)

@@ -192,7 +192,9 @@ def main(arguments: list[str]) -> None:
     plots.draw_sheet(supports, parts[support].names(picks), shots, heading, out / "plots" / "support.png")
     if at_random:
         heading = f"{settings.episodes} episodes, {len(labels)} images"
-        plots.draw_accuracy_by_shots(rows, heading, out / "plots" / "accuracy_by_shots.png")
+        path = out / "plots" / "accuracy_by_shots.png"
+        band = "its worst to its best episode"
+        plots.draw_accuracy_by_count(rows, "support images of each class", heading, path, bands=1, band=band)
         images, names = parts[pool].images.squeeze(1).numpy(), parts[pool].names(range(len(parts[pool].files)))
         plots.draw_sheet(images, names, 13, f"What episodes draw from: {len(names)} images", out / "plots" / "pool.png")
     mine = report.pop(OURS)
