@@ -273,7 +273,8 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
             accuracies.append(best["valid_accuracy"])
             print(f"seed {seed}: {seconds:.1f} s, {best['valid_accuracy']:.3%}, loss {best['valid_loss']:.5f}", flush=True)
     print(
-        f"{'test' if test else 'validation'}: mean {statistics.mean(accuracies):.3%}, standard deviation {spread(accuracies):.3%}, "
+        f"{'test' if test else 'validation'}: mean {statistics.mean(accuracies):.3%}, "
+        f"standard deviation {spread(accuracies):.3%}, "
         f"{min(accuracies):.3%} to {max(accuracies):.3%} (n={len(accuracies)})"
     )
     print(told(" ".join(("python", *train[:-1])), all_seconds, "s"))
