@@ -1,0 +1,87 @@
+"""Every command in the README, dry: `python unittest/commands.py`, a few minutes. Exit code 1 if one of them fails.
+
+They run in a copy of the repository, in the README's order, with fewer images and epochs. Not run: pip and pytest, which
+who runs this has run, and bench.py, which measures and takes long.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from PIL import Image  # noqa: E402
+
+from config import load_settings  # noqa: E402
+from data_preprocessing import load_images  # noqa: E402
+
+DRY = {
+    "train.py": ["epochs=1", "limit=1000"],
+    "gan.py": ["epochs=1", "limit=1000"],
+    "tune.py": ["epochs=1", "limit=1000", "trials=2"],
+    "train_eval.py": ["episodes=3"],
+}
+PHOTOS = {  # what the README's user has -> a test image that stands in for it
+    "photo_of_a_shoe.jpg": 0,
+    "another.png": 1,
+    "photo.jpg": 2,
+    **{
+        f"my_shoes/{part}/{name}/{number}.png": 10 * number
+        for part in ("train", "test")
+        for name, number in (("a", 1), ("b", 2))
+    },
+}
+
+
+def commands(readme: str) -> list[list[str]]:
+    """The words of the README's commands, in order."""
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return [words for words in parts if words and words[0] not in ("pip", "pytest") and "bench.py" not in words]
+
+
+def dry(words: list[str]) -> list[str]:
+    """The command with what makes it short in place of its own."""
+    script = next(word for word in words if word.endswith(".py"))
+    short = DRY.get(Path(script).name, [])
+    if script == "transfer/train_eval.py" and not any(word.startswith("episodes=") for word in words):
+        short = []
+    keys = {word.partition("=")[0] for word in short}
+    command = [word for word in words if word.partition("=")[0] not in keys] + short
+    if command[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
+    return [sys.executable, *command[1:]]
+
+
+def main() -> int:
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "repository")
+        ignored = shutil.ignore_patterns(".git", ".venv", "data", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        (copy / "data").symlink_to(load_settings([]).data_path)
+        images, _ = load_images("t10k", load_settings([]).data_path)
+        for name, index in PHOTOS.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - images[index, 0].numpy()).resize((280, 280)).save(copy / name)  # dark on white
+        for words in commands((ROOT / "README.md").read_text()):
+            started = time.perf_counter()
+            ended = subprocess.run(dry(words), cwd=copy, capture_output=True, text=True)
+            last = (ended.stdout.strip().splitlines() or [""])[-1]
+            print(f"{'ok' if ended.returncode == 0 else 'FAILED'} {time.perf_counter() - started:5.1f} s  {' '.join(words)}")
+            print(f"             {last[:110]}", flush=True)
+            if ended.returncode:
+                failed += 1
+                print(ended.stderr[-1000:])
+    print(f"{failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
