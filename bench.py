@@ -29,14 +29,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
+from torch import nn
 
 import plots
 from checkpoint import lowest, read_history
 from config import ROOT, Settings, UserError, load_settings, run_script
-from data_preprocessing import IDX_FILES, find_idx
-from model import build, layers
+from data_preprocessing import IDX_FILES, SHOES, batches, find_idx, load_images, normalise, split_indices
+from model import build, choose_device, choose_precision, evaluate, keep_freed_memory, layers
 from results import RECIPES, REFERENCES, minutes_and_accuracy
+from training import Training
 
 ORDINARY = {  # architecture -> batch size, learning rate and epochs of its reference
     "cnn": (54, 0.001, 10),
@@ -77,14 +81,9 @@ def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
 
     `architecture`: "cnn" on Task 1, "resnet8" on the ten garments.
     """
-    import torch
-    from torch import nn
     from torch.utils.data import DataLoader, Subset
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import Compose, Normalize, ToTensor
-
-    from data_preprocessing import SHOES, split_indices
-    from model import evaluate
 
     batch_size, lr, epochs = ORDINARY[architecture]
     torch.manual_seed(seed)
@@ -151,8 +150,6 @@ def multiply_adds(network) -> int:
 
 def matrix_rate(device, precision) -> float:
     """Multiply-adds a second of a product of two 2048 x 2048 matrices: the fastest of 20."""
-    import torch
-
     a = torch.randn(2048, 2048, device=device).to(precision)
     seconds = []
     for _ in range(20):
@@ -164,13 +161,6 @@ def matrix_rate(device, precision) -> float:
 
 def feed(settings: BenchSettings) -> None:
     """Prints images a second of the training loop, and of the same network on one batch that is ready on the device."""
-    import torch
-    import torch.nn.functional as F
-
-    from data_preprocessing import batches, load_images, normalise, split_indices
-    from model import choose_device, choose_precision, keep_freed_memory
-    from train import Training
-
     keep_freed_memory()
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
@@ -283,8 +273,6 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
 
 def side_by_side(settings: BenchSettings, folder: str, words: list[str]) -> None:
     """Seconds of training's third epoch, of one process and of several, in turn."""
-    import torch
-
     count = torch.get_num_threads()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     sides = {f"one process with {count} threads": [], f"{count} processes with one thread": torchrun}

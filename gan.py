@@ -31,6 +31,7 @@ from metrics import frechet_distance, mean_distance, nearest
 from model import average_into, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
 from optimizer import Optimizer, learning_rate
 from stopping import Signals, Stopped, claimed, resuming
+from training import Training
 
 GRID = 10  # samples of each class in a picture
 JUDGED_SAMPLES = 10_000
@@ -261,10 +262,8 @@ def sample(settings: GanSettings, _: list[str]) -> None:
 
 def accuracy_after_training(images: torch.Tensor, garments: torch.Tensor, valid: torch.Tensor, settings: GanSettings) -> float:
     """Validation accuracy of a fresh JUDGED network trained on all images but those at `valid`."""
-    from train import Training, TrainSettings
-
     words = [f"{key}={value}" for key, value in JUDGED.items()]
-    chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"], TrainSettings)
+    chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"])
     is_train = torch.ones(len(images), dtype=torch.bool, device=images.device)
     is_train[valid] = False
     training = Training(chosen, chosen.seed, images, garments, is_train.nonzero().squeeze(1), valid, precision_of(settings))

@@ -24,7 +24,7 @@ import plots
 from config import SEARCH, Settings, UserError, load_settings, run_script
 from data_preprocessing import load_images, split_indices
 from model import choose_device, choose_precision, keep_freed_memory
-from train import Training, is_over
+from training import Training, is_over
 
 NO_RECIPE = {"recipe", "data_dir", "out_dir", "seed", "device", "limit"}  # what is no part of a way to train
 HEARTBEAT = 20  # seconds; a worker that is silent for three of them is taken for dead, and its trial is tried again

@@ -9,6 +9,7 @@ from PIL import Image
 import checkpoint
 import gan
 import train
+import training
 from config import UserError
 from data_preprocessing import GARMENTS
 from gan_model import NOISE_DIM, Discriminator, Generator, draw, load_generator, one_hot
@@ -93,8 +94,8 @@ def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
 
 def test_generated_images_are_their_share_of_training(undisturbed, tmp_path, monkeypatch):
     seen = []
-    epoch_order = train.epoch_order
-    monkeypatch.setattr(train, "epoch_order", lambda order, *others: seen.append(order) or epoch_order(order, *others))
+    epoch_order = training.epoch_order
+    monkeypatch.setattr(training, "epoch_order", lambda order, *others: seen.append(order) or epoch_order(order, *others))
     words = [*SHORT, "epochs=1", f"generator={undisturbed[1] / 'generator.pt'}", f"out_dir={tmp_path}"]
     train.main([*words, "augment=gan", "gan_share=0.4"])
     assert (seen[0] >= 60_000).sum() == 200 and len(seen[0]) == 500

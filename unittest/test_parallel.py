@@ -18,7 +18,7 @@ import parallel
 from config import ROOT, load_settings
 from data_preprocessing import load_images, split_indices
 from stopping import Stopped
-from train import Training
+from training import Training
 
 STEPS = 50
 PLAIN = ["precision=float32", "device=cpu", "first_share=1", "auxiliary=0", "optimizer=sgd"]

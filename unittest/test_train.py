@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import model
 import train
+import training
 from augmentation import FUNCTIONS
 from config import ROOT, UserError, run_script
 from optimizer import learning_rate
@@ -72,7 +73,7 @@ def same_runs(one, other):
 def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(whole, *KINDS[kind])
-    real, calls = train.evaluate, []
+    real, calls = training.evaluate, []
 
     def dying(*arguments):
         calls.append(1)
@@ -81,7 +82,7 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(train, "evaluate", dying)
+        patch.setattr(training, "evaluate", dying)
         run(killed, *KINDS[kind])
     run(killed, *KINDS[kind], "resume=true")
     assert same_runs(whole, killed)
@@ -92,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
 def test_a_signal_ends_the_batch_and_saves_all(kind, step, number, code, tmp_path, monkeypatch, capsys):
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     run(whole, *KINDS[kind])
-    real, calls = train.learning_rate, []
+    real, calls = training.learning_rate, []
 
     def signalling(*arguments):
         calls.append(1)
@@ -101,7 +102,7 @@ def test_a_signal_ends_the_batch_and_saves_all(kind, step, number, code, tmp_pat
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, "learning_rate", signalling)
+        patch.setattr(training, "learning_rate", signalling)
         run_script(train.main, [*SHORT, *KINDS[kind], f"out_dir={ended}"])
     assert end.value.code == code and len(calls) == step
     assert f"python train.py {' '.join(SHORT)}" in capsys.readouterr().out.splitlines()[-1]
@@ -185,7 +186,7 @@ def test_best_model_has_the_lowest_validation_loss(undisturbed):
 
 def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(undisturbed, tmp_path, capsys):
     several = run(tmp_path, "runs=2")
-    first, second = (without_seconds(train.epochs_of(several["history"], number)) for number in (1, 2))
+    first, second = (without_seconds(training.epochs_of(several["history"], number)) for number in (1, 2))
     assert [line.pop("run") for line in first + second] == [1, 1, 1, 2, 2, 2]
     assert first == without_seconds(undisturbed[0]["history"])
     assert second == without_seconds(run(tmp_path / "alone", "seed=1")["history"])

@@ -1,0 +1,258 @@
+"""A training on its way: its data, its network, its teacher, an epoch; `train.py` and `tune.py` go through the epochs."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import parallel
+from checkpoint import lowest
+from config import ROOT, Settings, UserError, parse_augment
+from data_preprocessing import batches, class_names, epoch_order, labels_of, mean_and_std, normalise
+from model import Heads, average_into, build, evaluate, freeze, infer, load_imagenet, train_one_epoch, whiten
+from optimizer import Optimizer, learning_rate
+
+
+def epochs_of(history: list[dict], run: int) -> list[dict]:
+    return [line for line in history if line.get("run", 1) == run]
+
+
+def is_over(epochs: list[dict], settings: Settings) -> bool:
+    """Whether a run with these epochs behind it has had them all, or its patience has ended."""
+    if len(epochs) >= settings.epochs:
+        return True
+    return bool(epochs) and 0 < settings.patience <= len(epochs) - lowest(epochs)["epoch"]
+
+
+def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) -> None:
+    """Raises UserError if what is in `path`, trained under the settings `theirs`, has seen this run's validation images."""
+    if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio or theirs["folds"] or theirs["runs"] > 1:
+        raise UserError(
+            f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']} folds={theirs['folds']} "
+            f"runs={theirs['runs']}, so that it may have seen validation images of seed={seed} "
+            f"valid_ratio={settings.valid_ratio}; train it with the same"
+        )
+
+
+class Teacher:
+    """A trained network's logits for augmented images, uint8 `(N, 1, 28, 28)`, on the device."""
+
+    def __init__(self, settings: Settings, seed: int, device: torch.device):
+        path = ROOT / Path(settings.teacher).expanduser()
+        saved = checkpoint.load(path, "best_model")
+        check_same_split(path, saved["settings"], settings, seed)
+        if saved["output_dim"] != settings.output_dim:
+            raise UserError(
+                f"{path}: tells {saved['output_dim']} classes apart, not {settings.output_dim}; name another teacher"
+            )
+        self.network = freeze(checkpoint.rebuild(saved, path)).to(device)
+        self.mean, self.std = saved["mean"], saved["std"]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(normalise(images, self.mean, self.std))
+
+
+class Generated:
+    """Images that a generator adds to `count` real ones, as many of each garment as of any other."""
+
+    def __init__(self, settings: Settings, seed: int, count: int, device: torch.device):
+        from gan_model import draw, load_generator  # here, because most trainings need none
+
+        path = ROOT / Path(settings.generator).expanduser()
+        generator, theirs = load_generator(path)
+        check_same_split(path, theirs, settings, seed)
+        generator.to(device)
+        made = max(1, round(count * settings.gan_share / (1 - settings.gan_share)))
+        self.garments = torch.arange(made, device=device) % 10
+        spread = parse_augment(settings.augment)["gan"]
+        self.images = lambda epoch: draw(generator, self.garments, seed + epoch, spread)  # uint8 (made, 1, 28, 28)
+
+
+class Training:
+    """One network on its way: its data, and all that changes while it trains, which is what a checkpoint holds.
+
+    `images` uint8 `(N, 1, 28, 28)` and `garments` int64 `(N,)` are on the device; `train` and `valid` index them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        images: torch.Tensor,
+        garments: torch.Tensor,
+        train: torch.Tensor,
+        valid: torch.Tensor,
+        precision: torch.dtype,
+    ):
+        device = images.device
+        self.settings, self.precision = settings, precision
+        self.mean, self.std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
+        self.generated = None
+        if settings.gan_share and "gan" in parse_augment(settings.augment):
+            self.generated = Generated(settings, seed, len(train), device)
+            train = torch.cat([train, torch.arange(len(self.generated.garments), device=device) + len(images)])
+            images = torch.cat([images, self.generated.images(0)])
+            garments = torch.cat([garments, self.generated.garments])
+        self.images, self.garments, self.train = images, garments, train
+        self.labels = labels_of(garments, settings.output_dim)
+        self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
+        shares = [settings.first_share] + [settings.hard_share] * (settings.epochs - 1)
+        self.counts = [max(1, int(len(train) * share)) for share in shares]  # images, by epoch
+        self.steps = [max(1, count // settings.batch_size) for count in self.counts]
+
+        torch.manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)  # of the order and the augmentation
+        self.network = build(
+            settings.architecture,
+            settings.output_dim,
+            dropout=settings.dropout,
+            activation=settings.activation,
+            init=settings.init,
+        )
+        if settings.pretrained:
+            load_imagenet(self.network)
+        if settings.whiten:
+            whiten(self.network, normalise(images[train[:2000]].cpu(), self.mean, self.std))
+        self.network.to(device)
+        self.averaged = copy.deepcopy(self.network) if settings.average else None
+        self.kept = self.averaged or self.network  # what is validated and kept
+        self.auxiliary = nn.Linear(self.network.classifier.in_features, 10).to(device) if settings.auxiliary else None
+        self.heads = parallel.together(Heads(self.network, self.auxiliary), device)
+        if parallel.rank():
+            torch.manual_seed(seed + parallel.rank())  # of what dropout leaves out: not the same on every process
+        trained = [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
+        self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
+        self.teacher = Teacher(settings, seed, device) if settings.teacher else None
+        self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
+        self.partial = None  # of an epoch that was ended in its midst: the order, what is done of it
+
+    def train_on(self, indices: Sequence[torch.Tensor], sums: torch.Tensor, step: Callable[[], None]) -> None:
+        """`train_one_epoch` on batches of indices."""
+        train_one_epoch(
+            self.heads,
+            indices,
+            self.images,
+            self.labels,
+            self.garments,
+            self.settings,
+            mean=self.mean,
+            std=self.std,
+            precision=self.precision,
+            generator=self.generator,
+            image_losses=self.image_losses,
+            teach=self.teacher,
+            sums=sums,
+            step=step,
+        )
+
+    def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits as `model.infer`'s, of which each process computes its share."""
+        logits = infer(network, parallel.share(images), self.mean, self.std, self.precision)
+        return parallel.whole(logits, len(images))
+
+    def train_epoch(self, epoch: int, valid_losses: Sequence[float], check: Callable[[], None] = lambda: None) -> dict:
+        """Train and validate; the epoch's line of history.
+
+        `valid_losses`: of the epochs before. `check` is called when a batch is done, and may raise to end the epoch there;
+        the next call, also on what `load_state_dict` has read, goes on with the batch after it.
+        """
+        started = time.perf_counter()
+        settings, count = self.settings, self.counts[epoch - 1]
+        if self.generated and settings.gan_fresh:
+            self.images[-len(self.generated.garments) :] = self.generated.images(epoch)
+        if self.partial is None:
+            order = epoch_order(self.train, count, self.image_losses, self.generator)
+            sums = torch.zeros(3, dtype=torch.float64, device=order.device)
+            self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
+        partial, sums = self.partial, self.partial["sums"]
+        before, total = sum(self.steps[: epoch - 1]), sum(self.steps)
+        images = self.steps[epoch - 1] * settings.batch_size
+
+        def step() -> None:
+            done = before + partial["batches"]
+            self.optimizer.lr = learning_rate(settings, done / total, valid_losses)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.averaged:  # the later steps count for more at first, because the start is random
+                average_into(self.averaged, self.network, min(settings.average, (2 + done) / (11 + done)))
+            partial["batches"] += 1
+            if not bar.disable and partial["batches"] % 20 == 0:
+                seen, losses, correct = sums.tolist()
+                bar.update(seen - bar.n)
+                bar.set_postfix_str(f"loss {losses / seen:.4f}, accuracy {correct / seen:.2%}")
+            check()
+
+        name, quiet = f"epoch {epoch}/{settings.epochs}", True if parallel.rank() else None  # None: not on a terminal
+        try:
+            with tqdm(total=images, unit=" images", desc=name, disable=quiet, leave=False) as bar:
+                self.train_on(batches(partial["order"], settings.batch_size)[partial["batches"] :], sums, step)
+        except UserError as error:
+            raise UserError(f"epoch {epoch}: {error}") from None
+        finally:
+            partial["seconds"] += time.perf_counter() - started
+        started = time.perf_counter()
+        if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
+            unseen = self.train[self.image_losses[self.train].isinf()]
+            logits = self.infer(self.network, self.images[unseen])
+            losses = F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none")
+            self.image_losses[unseen] = losses.to(self.image_losses.device)
+        logits = self.infer(self.kept, self.valid_images)
+        valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
+        self.partial = None
+        seen, losses, correct = sums.tolist()
+        return {
+            "epoch": epoch,
+            "seconds": round(partial["seconds"] + time.perf_counter() - started, 3),
+            "lr": learning_rate(settings, (before + partial["batches"] - 1) / total, valid_losses),  # of the last step
+            "train_loss": losses / seen,
+            "train_accuracy": correct / seen,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+        }
+
+    def described(self) -> dict:
+        """What is needed to rebuild the network and to preprocess its input, and where it comes from."""
+        return {
+            "architecture": self.settings.architecture,
+            "activation": self.settings.activation,
+            "output_dim": self.settings.output_dim,
+            "class_names": list(class_names(self.settings.output_dim)),
+            "mean": self.mean,
+            "std": self.std,
+            "settings": self.settings.model_dump(),
+            "versions": checkpoint.versions(),
+        }
+
+    def state_dict(self) -> dict:
+        random = parallel.whole(torch.get_rng_state().unsqueeze(0), parallel.count())  # a row for each process
+        return {
+            "parameters": self.network.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
+            "optimizer": self.optimizer.state_dict(),
+            "image_losses": self.image_losses,
+            "partial": self.partial,
+            "random": {"generator": self.generator.get_state(), "torch": random},
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises KeyError, TypeError, ValueError or RuntimeError if the state is another network's."""
+        self.network.load_state_dict(saved["parameters"])
+        for part, name in ((self.averaged, "averaged"), (self.auxiliary, "auxiliary")):
+            if part:
+                part.load_state_dict(saved[name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.image_losses.copy_(saved["image_losses"])
+        if saved.get("partial"):
+            device = self.images.device
+            self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
+        self.generator.set_state(saved["random"]["generator"])
+        states = torch.atleast_2d(saved["random"]["torch"])
+        torch.set_rng_state(states[parallel.rank() % len(states)].clone())
