@@ -261,8 +261,8 @@ def train_one_epoch(
             raise UserError(f"the loss is {loss.item()} in batch {number}; a smaller lr may help")
         # the mean of the processes' gradients is that of the whole batch also if their shares differ by an image
         (loss * (parallel.count() * len(mine) / len(indices))).backward()
-        each = parallel.whole(each.detach().float(), len(indices))
-        correct = parallel.whole((logits.argmax(1) == target).int(), len(indices))
+        told = torch.stack([each.detach().float(), logits.argmax(1) == target], 1)  # (N, 2)
+        each, correct = parallel.whole(told, len(indices)).unbind(1)
         image_losses[indices] = each
         sums[0] += len(indices)
         sums[1] += each.sum()

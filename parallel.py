@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 
 import torch
+import torch.nn.functional as F
 from torch import distributed, nn
 
 PATIENCE = timedelta(minutes=10)  # for the slowest of the processes
@@ -51,37 +52,57 @@ def share(rows: torch.Tensor) -> torch.Tensor:
     return rows[rank() :: count()]
 
 
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """All processes' tensors, of one shape, `(count, ...)`. For few numbers faster than gloo's sum of them."""
+    tensors = [torch.empty_like(x) for _ in range(count())]
+    distributed.all_gather(tensors, x.contiguous())
+    return torch.stack(tensors)
+
+
 def whole(part: torch.Tensor, length: int) -> torch.Tensor:
     """All `length` rows, of which each process gives its share, on every process."""
     if count() == 1:
         return part
-    rows = part.new_zeros(length, *part.shape[1:])
-    share(rows).copy_(part)
-    distributed.all_reduce(rows)  # x + 0 is x
-    return rows
+    padded = part.new_zeros(-(-length // count()), *part.shape[1:])  # shares may differ by a row
+    padded[: len(part)] = part
+    return gathered(padded).transpose(0, 1).flatten(0, 1)[:length]  # (processes, rows, ...) -> (rows * processes, ...)
 
 
 def any_of(flag: int) -> int:
     """The greatest of the processes' flags."""
-    if count() == 1:
-        return flag
-    flags = torch.tensor(flag)
-    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return int(flags)
+    return flag if count() == 1 else int(gathered(torch.tensor(flag)).max())
 
 
-class _Sum(torch.autograd.Function):
-    """The sum of all processes' tensors, on each; what that adds to the loss of any of them comes back to all."""
+class _Normalise(torch.autograd.Function):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` with mean and variance over all processes' x, which it also gives.
 
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        distributed.all_reduce(x)
-        return x
+    The gradient is Ioffe & Szegedy's (2015, arXiv 1502.03167, section 3), its two means over all processes too. PyTorch's
+    kernels do the work; they know one process only, and what they leave out is added.
+    """
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return _Sum.forward(ctx, gradient)
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+        _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        places = torch.full_like(mean, x.numel() / len(mean))
+        means, variances, places = gathered(torch.stack([mean, scale**-2 - eps, places])).unbind(1)  # (processes, C) each
+        total = places.sum(0)
+        mean = (places * means).sum(0) / total
+        variance = (places * (variances + (means - mean).square())).sum(0) / total
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, total)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, variance, total = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
+        )
+        here = torch.stack([of_weight, of_bias])
+        missing = (here / (x.numel() / len(mean)) - gathered(here).sum(0) / total) * scale * weight
+        return of_x + F.batch_norm(x, mean, variance, *missing, eps=ctx.eps), of_weight, of_bias, None
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
@@ -93,18 +114,12 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        x = x.float()
-        total = _Sum.apply(torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])]))  # (C + 1,)
-        places = total[-1].detach()
-        mean = total[:-1] / places
-        centred = x - mean.view(1, -1, 1, 1)
-        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / places
+        x, mean, variance, places = _Normalise.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * places / (places - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return x
 
 
 def with_shared_statistics(network: nn.Module) -> None:
