@@ -115,19 +115,23 @@ def kills(folder: Path) -> None:
         os.waitpid(forked(train.main, [*words, f"out_dir={whole}"]), 0)
         usual = time.perf_counter() - started
         count = aimed = 0
-        has_ended = False
-        while not has_ended:
-            resume = ["resume=true"] if (killed / "checkpoint.pt").exists() else []
-            process = forked(train.main, [*words, *resume, f"out_dir={killed}"])
-            deadline = time.perf_counter() + random.uniform(0, usual / 3)
-            while not (has_ended := os.waitpid(process, os.WNOHANG)[0] != 0):
-                is_saving = any(killed.glob(f".*.{process}.part"))
-                if count < KILLS and (is_saving if count % 2 else time.perf_counter() > deadline):
-                    os.kill(process, signal.SIGKILL)
-                    os.waitpid(process, 0)
-                    count, aimed = count + 1, aimed + is_saving
-                    break
-        report(f"kills, {aimed} of them while saving: {kind}", [saved_bits(whole) == saved_bits(killed)] * count)
+        outcomes: list[bool] = []
+        while count < KILLS:  # a run may end before it has had its kills; then another begins
+            shutil.rmtree(killed, ignore_errors=True)
+            has_ended = False
+            while not has_ended:
+                resume = ["resume=true"] if (killed / "checkpoint.pt").exists() else []
+                process = forked(train.main, [*words, *resume, f"out_dir={killed}"])
+                deadline = time.perf_counter() + random.uniform(0, usual / 3)
+                while not (has_ended := os.waitpid(process, os.WNOHANG)[0] != 0):
+                    is_saving = any(killed.glob(f".*.{process}.part"))
+                    if count < KILLS and (is_saving if count % 2 else time.perf_counter() > deadline):
+                        os.kill(process, signal.SIGKILL)
+                        os.waitpid(process, 0)
+                        count, aimed = count + 1, aimed + is_saving
+                        break
+            outcomes += [saved_bits(whole) == saved_bits(killed)] * (count - len(outcomes))
+        report(f"kills, {aimed} of them while saving: {kind}", outcomes)
 
 
 def saves(folder: Path) -> None:
