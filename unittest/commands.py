@@ -25,9 +25,8 @@ DRY = {
     "train.py": ["epochs=1", "limit=1000"],
     "gan.py": ["epochs=1", "limit=1000"],
     "tune.py": ["epochs=1", "limit=1000", "trials=2"],
-    "train_eval.py": ["episodes=3"],
 }
-PHOTOS = {  # what the README's user has -> a test image that stands in for it
+PHOTOS = {  # what the README's user has -> a training image that stands in for it
     "photo_of_a_shoe.jpg": 0,
     "another.png": 1,
     "photo.jpg": 2,
@@ -50,8 +49,6 @@ def dry(words: list[str]) -> list[str]:
     """The command with what makes it short in place of its own."""
     script = next(word for word in words if word.endswith(".py"))
     short = DRY.get(Path(script).name, [])
-    if script == "transfer/train_eval.py" and not any(word.startswith("episodes=") for word in words):
-        short = []
     keys = {word.partition("=")[0] for word in short}
     command = [word for word in words if word.partition("=")[0] not in keys] + short
     if command[0] == "torchrun":
@@ -66,7 +63,7 @@ def main() -> int:
         ignored = shutil.ignore_patterns(".git", ".venv", "data", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=ignored)
         (copy / "data").symlink_to(load_settings([]).data_path)
-        images, _ = load_images("t10k", load_settings([]).data_path)
+        images, _ = load_images("train", load_settings([]).data_path)
         for name, index in PHOTOS.items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(255 - images[index, 0].numpy()).resize((280, 280)).save(copy / name)  # dark on white
