@@ -68,6 +68,7 @@ def run(*command: str) -> tuple[float, float]:
     """Wall seconds and peak memory, in MB, of a command in a fresh process. Raises UserError if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr
     complaint = process.stderr.read().decode(errors="replace")  # until the process closes it
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -94,7 +95,7 @@ def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
     train_loader = DataLoader(Subset(dataset, train.tolist()), batch_size, shuffle=True)
     valid_loader = DataLoader(Subset(dataset, valid.tolist()), batch_size)
     if architecture == "cnn":
-        network = nn.Sequential(
+        network: nn.Module = nn.Sequential(
             nn.Conv2d(1, 16, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -125,6 +126,7 @@ def ordinary_epochs(folder: str, seed: int, architecture: str) -> Iterator[tuple
     call = f"import bench; bench.ordinary_training({folder!r}, {seed}, {architecture!r})"
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
         try:
             for line in process.stdout:
                 loss, accuracy = map(float, line.split())
@@ -186,7 +188,7 @@ def feed(settings: BenchSettings) -> None:
             step()
         loss.item()  # waits for the device
 
-    rates = {"training": [], "one batch that is ready": []}
+    rates: dict[str, list[float]] = {"training": [], "one batch that is ready": []}
     for _ in range(settings.repeats + 1):
         for values, passes in zip(rates.values(), (lambda: training.train_on(orders, sums, step), ready)):
             started = time.perf_counter()
@@ -240,10 +242,10 @@ def against_ordinary(settings: BenchSettings, folder: str, train: list[str]) -> 
     print("ordinary training's mean validation accuracy by epoch:", *(f"{mean:.3%}" for mean in means))
     print(told("python train.py", [seconds for seconds, _, _ in ours], "s"))
     passes = next((number for number, mean in enumerate(means) if mean >= target), None)
-    for epoch in filter(lambda number: number is not None, (len(means) - 1, passes)):
-        seconds = [epochs[epoch][0] for epochs in theirs]
-        print(told(f"ordinary training, {epoch + 1} epochs", seconds, "s"))
-        print(told("  ratio", [other / mine[0] for other, mine in zip(seconds, ours)], "times"))
+    for place in (len(means) - 1, *([] if passes is None else [passes])):
+        taken = [epochs[place][0] for epochs in theirs]
+        print(told(f"ordinary training, {place + 1} epochs", taken, "s"))
+        print(told("  ratio", [other / mine[0] for other, mine in zip(taken, ours)], "times"))
 
 
 def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: bool) -> tuple[list[float], list[float]]:
@@ -276,7 +278,7 @@ def side_by_side(settings: BenchSettings, folder: str, words: list[str]) -> None
     count = torch.get_num_threads()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     sides = {f"one process with {count} threads": [], f"{count} processes with one thread": torchrun}
-    seconds = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(settings.repeats):
         for name, start in sides.items():
             run(*start, "train.py", *words, "epochs=3", "patience=0", f"out_dir={folder}/{name}")

@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import parallel
 from config import Settings, UserError
 from model import build
+from networks import Network
 
 NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
 KEYS = {  # what a file must hold to be of its kind
@@ -92,7 +92,7 @@ def check_same_settings(saved: dict, settings: Settings) -> None:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
 
 
-def rebuild(contents: dict, path: Path) -> nn.Module:
+def rebuild(contents: dict, path: Path) -> Network:
     """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
     try:
         network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])

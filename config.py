@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here, not in the current folder
 
@@ -197,7 +198,10 @@ def parse_augment(text: str) -> dict[str, float]:
     return strengths
 
 
-def load_settings(arguments: list[str], settings_type: type[Settings] = Settings) -> Settings:
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> SomeSettings:
     """Merge `config.json`, the recipe and the command line's `key=value` words into checked settings.
 
     Raises UserError, naming the key, what was given, what is allowed and the nearest valid name.
@@ -250,7 +254,7 @@ def _typed(settings_type: type[Settings], key: str, text: str) -> object:
         return text
 
 
-def _explain(problem: dict, settings_type: type[Settings]) -> str:
+def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
     if not problem["loc"]:  # of two settings together
         return problem["msg"].removeprefix("Value error, ")
     key, given = str(problem["loc"][0]), problem["input"]
@@ -268,7 +272,7 @@ def describe(settings_type: type[Settings]) -> str:
     for key, field in settings_type.model_fields.items():
         kind = getattr(field.annotation, "__name__", "")
         if kind == "Literal":
-            kind = "|".join(map(str, field.annotation.__args__))
+            kind = "|".join(map(str, get_args(field.annotation)))
         value = shipped.get(key, field.default)
         value = str(value).lower() if kind == "bool" else value
         lines.append(f"{key}={value}  ({kind})\n    {field.description}")

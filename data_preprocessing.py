@@ -202,8 +202,8 @@ def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tupl
             raise UserError(f"valid_ratio={valid_ratio}: {n_valid} of a class's {len(members)} images would validate")
         valid.append(members[:n_valid])
         train.append(members[n_valid:])
-    train = torch.cat(train)
-    return train[torch.randperm(len(train), generator=generator)], torch.cat(valid).sort().values
+    ordered = torch.cat(train)
+    return ordered[torch.randperm(len(ordered), generator=generator)], torch.cat(valid).sort().values
 
 
 def fold_indices(garments: torch.Tensor, folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

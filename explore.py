@@ -10,7 +10,7 @@ import torch
 
 import plots
 from augmentation import augment
-from config import load_settings, run_script
+from config import Settings, load_settings, run_script
 from data_preprocessing import GARMENTS, class_names, labels_of, load_images, split_indices
 from metrics import nearest
 from model import keep_freed_memory
@@ -26,7 +26,7 @@ def count_copies(images: torch.Tensor) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    settings = load_settings(arguments)
+    settings = load_settings(arguments, Settings)
     folder = settings.out_path / "plots"
     keep_freed_memory()
     images, garments = load_images("train", settings.data_path)
@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> None:
             f"test images that stand in the training set {told}: {is_near.sum().item()}, {differ} of them under another label"
         )
     pairs, titles = [], []
-    for query in distances.argsort(stable=True)[:PAIRS].tolist():
-        match = indices[query].item()
+    for query in map(int, distances.argsort(stable=True)[:PAIRS]):
+        match = int(indices[query])
         pairs += [test_images[query, 0], images[match, 0]]
         titles += [
             f"test {query}\n{GARMENTS[test_garments[query]]}",

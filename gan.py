@@ -88,8 +88,8 @@ class GanTraining:
             Optimizer(settings.optimizer, network.parameters(), settings.lr, settings.weight_decay, beta1=0.0)
             for network in (self.generator, self.discriminator)
         ]
-        self.frames = []  # uint8 (100, 28, 28), a grid of samples after each epoch
-        self.partial = None  # of an epoch that was ended in its midst: the order, what is done of it
+        self.frames: list[torch.Tensor] = []  # uint8 (100, 28, 28), a grid of samples after each epoch
+        self.partial: dict | None = None  # of an epoch that was ended in its midst: the order, what is done of it
 
     def train_epoch(self, epoch: int, check: Callable[[], None]) -> dict:
         """The epoch's line of history. `check` is called after each batch, as train.py's is."""
@@ -263,7 +263,7 @@ def sample(settings: GanSettings, _: list[str]) -> None:
 def accuracy_after_training(images: torch.Tensor, garments: torch.Tensor, valid: torch.Tensor, settings: GanSettings) -> float:
     """Validation accuracy of a fresh JUDGED network trained on all images but those at `valid`."""
     words = [f"{key}={value}" for key, value in JUDGED.items()]
-    chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"])
+    chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"], Settings)
     is_train = torch.ones(len(images), dtype=torch.bool, device=images.device)
     is_train[valid] = False
     training = Training(chosen, chosen.seed, images, garments, is_train.nonzero().squeeze(1), valid, precision_of(settings))
@@ -289,7 +289,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
     train, valid = split_indices(garments, theirs["valid_ratio"], theirs["seed"])
     labels = torch.arange(len(train)) % CLASSES
     made = draw(generator, labels, settings.seed, settings.spread).cpu()
-    scores = {"n": JUDGED_SAMPLES, "classifier": settings.classifier}
+    scores: dict = {"n": JUDGED_SAMPLES, "classifier": settings.classifier}
 
     # ---- precision: are they what they are called? Shmelkov et al. 2018, arXiv 1807.09499, GAN-test ----------------------
     def features(of: torch.Tensor) -> torch.Tensor:
@@ -321,7 +321,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
 
     # ---- copies ------------------------------------------------------------------------------------------------------------
     matches, distances = nearest(few[:COMPARED], images[train])
-    _, usual = nearest(images[valid[:COMPARED]], images[train])
+    usual = nearest(images[valid[:COMPARED]], images[train])[1]
     scores["nearest_distance"] = {"generated": distances.median().item(), "validation": usual.median().item()}
     pairs = torch.stack([few[:50], images[train[matches[:50]]]], 1).flatten(0, 2)  # (50, 2, 1, 28, 28) -> (100, 28, 28)
     titles = [title for label, far in zip(labels, distances[:50]) for title in (GARMENTS[label], f"{far:.0f}")]
@@ -329,7 +329,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
     plots.draw_sheet(pairs.numpy(), titles, 10, heading, out / "plots" / "nearest.png")
 
     # ---- between the classes -----------------------------------------------------------------------------------------------
-    noise, _ = fixed_noise()
+    noise = fixed_noise()[0]
     share = torch.linspace(0, 1, GRID).repeat(CLASSES, 1).flatten().unsqueeze(1)
     before = torch.arange(CLASSES).repeat_interleave(GRID)
     mixed = (1 - share) * one_hot(before) + share * one_hot((before + 1) % CLASSES)

@@ -65,10 +65,10 @@ def nearest(queries: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, 
     """
     flat = images.flatten(1).float()  # (N, 784)
     squares = flat.square().sum(1)
-    indices = []
+    found = []
     for chunk in tqdm(queries.flatten(1).float().split(500), desc="nearest pairs", disable=None, leave=False):
-        indices.append((squares - 2 * chunk @ flat.T).argmin(1))  # the query's own square is the same for all
-    indices = torch.cat(indices)
+        found.append((squares - 2 * chunk @ flat.T).argmin(1))  # the query's own square is the same for all
+    indices = torch.cat(found)
     apart = queries.flatten(1).double() - images[indices].flatten(1)
     return indices, apart.square().mean(1).sqrt()
 

@@ -165,8 +165,10 @@ def resnet18(output_dim: int) -> Network:
     from torchvision.models import resnet18  # here, because torchvision takes a second to import
 
     theirs = resnet18()
+    first = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")  # as theirs
     features = nn.Sequential(
-        nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False),  # 28 -> 14
+        first,  # 28 -> 14
         theirs.bn1,
         theirs.relu,
         theirs.maxpool,  # 14 -> 7
@@ -178,7 +180,6 @@ def resnet18(output_dim: int) -> Network:
         nn.Flatten(),  # (N, 512, 1, 1) -> (N, 512)
         nn.Dropout(0.0),
     )
-    nn.init.kaiming_normal_(features[0].weight, mode="fan_out", nonlinearity="relu")  # as theirs
     return Network(features, 512, output_dim)
 
 

@@ -43,21 +43,21 @@ class Optimizer:
     def __init__(
         self,
         name: str,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[torch.Tensor],
         lr: float,
         weight_decay: float = 0.0,
         beta1: float = 0.9,
     ):
         self.name, self.lr, self.weight_decay, self.beta1 = name, lr, weight_decay, beta1
         self.parameters = list(parameters)
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.momenta: list = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [] if name == "sgd" else [torch.zeros_like(parameter) for parameter in self.parameters]
         self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
 
     @torch.no_grad()
     def step(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters]
-        shared = {"lr": self.lr, "weight_decay": self.weight_decay, "maximize": False, "fused": True}
+        gradients: list = [parameter.grad for parameter in self.parameters]
+        shared: dict = {"lr": self.lr, "weight_decay": self.weight_decay, "maximize": False, "fused": True}
         if self.name == "sgd":
             # a first step from zero momentum is Nesterov's; torch's own first step also dampens nothing
             sgd(self.parameters, gradients, self.momenta, momentum=0.9, dampening=0.0, nesterov=True, **shared)

@@ -101,8 +101,8 @@ class _Normalise(torch.autograd.Function):
             gradient, x, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
         )
         here = torch.stack([of_weight, of_bias])
-        missing = (here / (x.numel() / len(mean)) - gathered(here).sum(0) / total) * scale * weight
-        return of_x + F.batch_norm(x, mean, variance, *missing, eps=ctx.eps), of_weight, of_bias, None
+        of_mean, of_scale = (here / (x.numel() / len(mean)) - gathered(here).sum(0) / total) * scale * weight
+        return of_x + F.batch_norm(x, mean, variance, of_mean, of_scale, eps=ctx.eps), of_weight, of_bias, None
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
@@ -110,6 +110,11 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     PyTorch's own SyncBatchNorm needs a GPU.
     """
+
+    momentum: float
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:

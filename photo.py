@@ -59,6 +59,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _upright_rgb(path: Path) -> Image.Image:
+    image: Image.Image
     with Image.open(path) as image:
         if min(image.size) < SMALLEST_SIDE:
             raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")

@@ -1,7 +1,7 @@
 """Every picture, drawn from arrays and from the history file. Figures go to files; no display is needed."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path
         for column in range(size):
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=9)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if size > 2 else {}
+    turned: dict = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if size > 2 else {}
     axes.set_xticks(range(size), class_names, **turned)
     axes.set_yticks(range(size), class_names)
     axes.set(xlabel="predicted", ylabel="true")
@@ -215,7 +215,7 @@ def draw_features(
     side, room = 1_100, 32  # pixels of the raster that holds the images, and from one image to the next
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few outliers would squeeze all others together
     places = ((points - low) / (high - low) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): left to right, top to bottom
-    colours = (np.array(colormaps["tab10"].colors) * 0.85)[: len(class_names)]
+    colours = colormaps["tab10"](range(len(class_names)))[:, :3] * 0.85
     raster, is_free = np.zeros((side, side, 4), np.uint8), np.ones((side, side), bool)
     for (left, top), label, image in zip(places.astype(int), labels, images):
         if 0 <= left <= side - room and 0 <= top <= side - room and is_free[top : top + room, left : left + room].all():
@@ -224,7 +224,8 @@ def draw_features(
             raster[top : top + 28, left : left + 28, 3] = np.where(image > 10, 255, 0)
     figure = Figure(figsize=(9, 9.6))
     axes = figure.add_axes((0.04, 0.1, 0.94, 0.86))  # a computed layout would draw everything twice
-    axes.scatter(*(places + 14).T, s=3, c=colours[labels], alpha=0.25, lw=0)
+    x, y = (places + 14).T
+    axes.scatter(x, y, s=3, c=colours[labels], alpha=0.25, lw=0)
     axes.imshow(raster, extent=(0, side, side, 0), interpolation="none")
     for name, colour in zip(class_names, colours):
         axes.scatter([], [], color=colour, label=name)
@@ -260,7 +261,7 @@ def draw_reliability(
 
 
 def draw_accuracy_by_count(
-    rows: dict[str, dict[int, Sequence[float]]], counted: str, heading: str, path: Path, *, bands: int, band: str
+    rows: Mapping[str, Mapping[int, Sequence[float]]], counted: str, heading: str, path: Path, *, bands: int, band: str
 ) -> None:
     """Mean accuracy by number of images, a line for each way in `rows[way][count]`, the accuracies of its trials; around
     the first `bands` lines a band from the worst to the best of them, which `band` names."""
@@ -295,7 +296,7 @@ def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[
     history.step([number for number, _ in ended], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
     history.set(xlabel="trial", ylabel="validation loss (nats)", title="Search", yscale="log")
     history.legend(frameon=False)
-    names = sorted(weights, key=weights.get)
+    names = sorted(weights, key=weights.__getitem__)
     importance.barh(names, [weights[name] for name in names], color=BLUE)
     importance.set(title="What mattered", xlabel="share of the variance of the loss")
     for axes in (history, importance):

@@ -39,10 +39,11 @@ def minutes_and_accuracy(recipe: str, root: Path = ROOT) -> tuple[float, float] 
 
 def row(recipe: str, root: Path = ROOT) -> str | None:
     """A recipe's line of the table, None if it has no scores."""
-    scores, histories = gathered(recipe, root)
-    if not scores:
+    means = minutes_and_accuracy(recipe, root)
+    if means is None:
         return None
-    minutes, accuracy = minutes_and_accuracy(recipe, root)
+    minutes, accuracy = means
+    scores, histories = gathered(recipe, root)
     spread = f" ± {statistics.stdev(score['accuracy'] for score in scores):.2%}" if len(scores) > 1 else ""
     epochs = statistics.mean(map(len, histories))
     reference = REFERENCES.get(recipe.removesuffix("_plus"))

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
         if is_over(epochs_of(history, runs), settings):
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
-    kept = checkpoint.load(out / "best_model.pt", "best_model") if history else None  # the best so far
+    kept = checkpoint.load(out / "best_model.pt", "best_model") if history else {}  # the best so far
     print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
 
     # ---- data: all images stay uint8 on the device, splits are lists of indices into them -----------------------------

@@ -131,7 +131,7 @@ class Training:
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
         self.teacher = Teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
-        self.partial = None  # of an epoch that was ended in its midst: the order, what is done of it
+        self.partial: dict | None = None  # of an epoch that was ended in its midst: the order, what is done of it
 
     def train_on(self, indices: Sequence[torch.Tensor], sums: torch.Tensor, step: Callable[[], None]) -> None:
         """`train_one_epoch` on batches of indices."""

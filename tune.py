@@ -43,10 +43,12 @@ def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
             continue
         if isinstance(space, list):
             chosen[name] = trial.suggest_categorical(name, space)
-        elif all(isinstance(end, int) for end in space):
-            chosen[name] = trial.suggest_int(name, *space)
+            continue
+        low, high = space
+        if isinstance(low, int) and isinstance(high, int):
+            chosen[name] = trial.suggest_int(name, low, high)
         else:
-            chosen[name] = trial.suggest_float(name, *space, log=space[0] > 0)
+            chosen[name] = trial.suggest_float(name, low, high, log=low > 0)
     strengths = {name.removeprefix("augment."): chosen.pop(name) for name in list(chosen) if name.startswith("augment.")}
     if strengths:
         chosen["augment"] = ",".join(f"{name}:{strength:.3g}" for name, strength in strengths.items() if strength)
@@ -99,7 +101,7 @@ def main(arguments: list[str]) -> None:
         chosen = draw(trial, fixed)
         trial.set_user_attr("settings", json.dumps(chosen))
         trial.set_user_attr("worker", f"{platform.node()} {os.getpid()}")
-        of_trial = load_settings([*words, *(f"{name}={value}" for name, value in chosen.items())])
+        of_trial = load_settings([*words, *(f"{name}={value}" for name, value in chosen.items())], Settings)
         precision = choose_precision(of_trial.precision, device)
         training = Training(of_trial, of_trial.seed, images, garments, train, valid, precision)
         epochs: list[dict] = []
@@ -133,8 +135,8 @@ def main(arguments: list[str]) -> None:
     if not ended:
         raise UserError(f"{url}: no trial has ended yet; raise trials={settings.trials}")
     found = json.loads(study.best_trial.user_attrs["settings"])
-    best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())]).model_dump()
-    task_1 = load_settings([]).model_dump()
+    best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())], Settings).model_dump()
+    task_1 = load_settings([], Settings).model_dump()
     recipe = {name: value for name, value in best.items() if value != task_1[name] and name not in NO_RECIPE}
     checkpoint.write_atomically(out / "best.json", (json.dumps(recipe, indent=2) + "\n").encode())
     weights = optuna.importance.get_param_importances(study) if len(ended) > 3 else {}

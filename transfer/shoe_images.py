@@ -28,7 +28,9 @@ def write_shoes(data_path: Path) -> None:
     ]
     for split in ("train", "t10k"):
         missing = [(path, index) for path, its_split, index in wanted if its_split == split and not path.exists()]
-        images = load_images(split, data_path)[0] if missing else None
+        if not missing:
+            continue
+        images, _ = load_images(split, data_path)
         for path, index in missing:
             buffer = io.BytesIO()
             Image.fromarray(images[index, 0].numpy()).save(buffer, format="png")
@@ -53,12 +55,12 @@ def read_part(folder: Path, are_photographs: bool) -> Part | None:
     classes = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
     if not classes:
         return None
-    files = [sorted(path for path in label.iterdir() if not path.name.startswith(".")) for label in classes]
-    for label, its_files in zip(classes, files):
+    by_class = [sorted(path for path in label.iterdir() if not path.name.startswith(".")) for label in classes]
+    for label, its_files in zip(classes, by_class):
         if not its_files:
             raise UserError(f"{label}: has no image; put some there, or remove the folder")
-    counts = tuple(map(len, files))
-    files = [path for its_files in files for path in its_files]
+    counts = tuple(map(len, by_class))
+    files = [path for its_files in by_class for path in its_files]
     views = torch.cat([read_photographs([path])[1] for path in files])  # one at a time: a phone's photograph is large
     images = (turned_left(views) if are_photographs else views).unsqueeze(1)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))

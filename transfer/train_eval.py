@@ -24,6 +24,7 @@ from config import ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import GARMENTS, load_images
 from metrics import wilson_interval
 from model import build, choose_device, freeze, infer
+from networks import Network
 from transfer.few_shot import AdamLearner, FisherLearner
 from transfer.shoe_images import SHOES_DIR, draw_picks, read_parts, write_shoes
 
@@ -41,7 +42,9 @@ class TransferSettings(Settings):
         "test", description="episodes are tested on test/ and extended/, or, to choose settings, on the rest of pool/"
     )
     task1: str = Field("checkpoint.pt", description="Task 1's checkpoint, whose convolutions are used")
-    unlabelled: Literal[GARMENTS] = Field("Ankle boot", description="garment whose training images, unlabelled, help")
+    unlabelled: Literal[GARMENTS] = Field(  # type: ignore[valid-type]
+        "Ankle boot", description="garment whose training images, unlabelled, help"
+    )
     shrink: float = Field(0.001, gt=0, description="how little a feature may move under distortions to count in full")
     rounds: int = Field(3, ge=0, le=100, description="of soft k-means over the unlabelled images; 0 = none")
 
@@ -68,7 +71,7 @@ def check_frozen(network: nn.Module, before: dict[str, torch.Tensor]) -> None:
     print(f"trained {', '.join(trained)}; the {len(frozen)} frozen tensors have the bits that the checkpoint has")
 
 
-def build_learners(saved: dict, network: nn.Module, classes: int, unlabelled: torch.Tensor, settings: TransferSettings) -> dict:
+def build_learners(saved: dict, network: Network, classes: int, unlabelled: torch.Tensor, settings: TransferSettings) -> dict:
     """The ways to learn the last layer by name: ours, and three that show what it and the transfer are worth."""
     torch.manual_seed(settings.seed)
     untrained = build(saved["architecture"], classes, activation=saved["activation"]).to(next(network.parameters()).device)
@@ -137,10 +140,10 @@ def main(arguments: list[str]) -> None:
     images, labels = torch.cat([parts[name].images for name in asked]), torch.cat([parts[name].labels for name in asked])
     embedded = {method: learner.embed(parts[drawn].images) for method, learner in learners.items()}
     queries = {method: learner.extract(images) for method, learner in learners.items()}
-    rows = {method: {} for method in learners}  # method -> shots -> accuracy of each episode
+    rows: dict[str, dict[int, list[float]]] = {method: {} for method in learners}  # method -> shots -> accuracy of each episode
     for k in sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))}):
-        generator = torch.Generator().manual_seed(settings.seed) if at_random else None
-        picks = draw_picks(parts[drawn].counts, k, settings.episodes, generator)
+        chance = torch.Generator().manual_seed(settings.seed) if at_random else None
+        picks = draw_picks(parts[drawn].counts, k, settings.episodes, chance)
         for method, learner in learners.items():
             layers = learner.layers(embedded[method][picks])
             rows[method][k] = accuracies(queries[method], labels, layers, picks if choosing else None)

@@ -196,7 +196,7 @@ def disk(folder: Path) -> None:
 
 def data(folder: Path) -> None:
     names = list(data_preprocessing.IDX_FILES)
-    good = {name: bytes(data_preprocessing.find_idx(name, load_settings([]).data_path)) for name in names}
+    good = {name: bytes(data_preprocessing.find_idx(name, load_settings([], Settings).data_path)) for name in names}
     packed = {name: gzip.compress(contents, 1) for name, contents in good.items()}
     source = folder / "good"
     source.mkdir()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
-from config import load_settings  # noqa: E402
+from config import Settings, load_settings  # noqa: E402
 from data_preprocessing import load_images  # noqa: E402
 
 DRY = {
@@ -62,8 +62,8 @@ def main() -> int:
         copy = Path(folder, "repository")
         ignored = shutil.ignore_patterns(".git", ".venv", "data", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        (copy / "data").symlink_to(load_settings([]).data_path)
-        images, _ = load_images("train", load_settings([]).data_path)
+        (copy / "data").symlink_to(load_settings([], Settings).data_path)
+        images, _ = load_images("train", load_settings([], Settings).data_path)
         for name, index in PHOTOS.items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(255 - images[index, 0].numpy()).resize((280, 280)).save(copy / name)  # dark on white

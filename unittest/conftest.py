@@ -1,12 +1,12 @@
 import pytest
 
-from config import load_settings
+from config import Settings, load_settings
 from data_preprocessing import load_images
 
 
 @pytest.fixture(scope="session")
 def data_path():
-    return load_settings([]).data_path
+    return load_settings([], Settings).data_path
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import config
-from config import UserError, load_settings, parse_augment
+from config import Settings, UserError, load_settings, parse_augment
 
 
 @pytest.fixture
@@ -20,18 +20,18 @@ def root(tmp_path, monkeypatch):
 
 
 def test_command_line_wins_over_recipe_over_config_over_defaults(root):
-    settings = load_settings(["recipe=quick", "lr=1"])
+    settings = load_settings(["recipe=quick", "lr=1"], Settings)
     assert (settings.lr, settings.epochs, settings.seed, settings.patience) == (1.0, 2, 7, 0)
 
 
 def test_out_dir_is_the_root_for_task_1_and_runs_name_for_a_recipe(root):
-    assert load_settings([]).out_path == root
-    assert load_settings(["recipe=quick"]).out_path == root / "runs" / "quick"
-    assert load_settings(["out_dir=here"]).out_path == root / "here"
+    assert load_settings([], Settings).out_path == root
+    assert load_settings(["recipe=quick"], Settings).out_path == root / "runs" / "quick"
+    assert load_settings(["out_dir=here"], Settings).out_path == root / "here"
 
 
 def test_the_value_is_all_after_the_first_equals_sign(root):
-    assert load_settings(["data_dir=a=b"]).data_dir == "a=b"
+    assert load_settings(["data_dir=a=b"], Settings).data_dir == "a=b"
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
 )
 def test_a_wrong_setting_is_refused_in_one_line_that_names_it(root, word, told):
     with pytest.raises(UserError) as refused:
-        load_settings([word])
+        load_settings([word], Settings)
     assert told in str(refused.value) and word.split("=")[0] in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_runs_and_folds_exclude_each_other(root):
     with pytest.raises(UserError, match="runs=2 and folds=3: choose one"):
-        load_settings(["runs=2", "folds=3"])
+        load_settings(["runs=2", "folds=3"], Settings)
 
 
 @pytest.mark.parametrize("path", sorted((config.ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_only_what_differs(path):
-    settings = load_settings([f"recipe={path.stem}"])
+    settings = load_settings([f"recipe={path.stem}"], Settings)
     shipped = json.loads((config.ROOT / "config.json").read_text())
     own = json.loads(path.read_text())
     assert settings.output_dim == 10
@@ -83,13 +83,13 @@ def test_every_recipe_is_valid_and_says_only_what_differs(path):
 def test_a_broken_config_file_is_refused_by_name(root):
     (root / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
-        load_settings([])
+        load_settings([], Settings)
 
 
 def test_an_unknown_key_in_a_recipe_is_refused(root):
     (root / "recipes" / "quick.json").write_text('{"learning": 1}')
     with pytest.raises(UserError, match="'learning'"):
-        load_settings(["recipe=quick"])
+        load_settings(["recipe=quick"], Settings)
 
 
 def test_augmentations_have_default_strengths():
@@ -99,18 +99,18 @@ def test_augmentations_have_default_strengths():
 
 def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit) as ended:
-        load_settings(["help"])
+        load_settings(["help"], Settings)
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and all(f"\n{key}=" in shown for key in config.Settings.model_fields)
 
 
 def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as ended:
-        config.run_script(load_settings, ["nonsense=1"])
+        config.run_script(lambda words: load_settings(words, Settings), ["nonsense=1"])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
 
 
 def test_the_shipped_config_is_valid_and_settings_need_no_torch():
-    code = "import sys, config; config.load_settings([]); sys.exit('torch' in sys.modules)"
+    code = "import sys, config; config.load_settings([], config.Settings); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import parallel
-from config import ROOT, load_settings
+from config import ROOT, Settings, load_settings
 from data_preprocessing import load_images, split_indices
 from stopping import Stopped
 from training import Training
@@ -34,7 +34,7 @@ def torchrun(*words: str, processes: int = 2, **options) -> subprocess.Popen:
 
 
 def first_losses(words: list[str]) -> list[float]:
-    settings = load_settings(words)
+    settings = load_settings(words, Settings)
     device = parallel.start(torch.device("cpu"))
     images, garments = load_images("train", settings.data_path)
     train, valid = split_indices(garments, settings.valid_ratio, settings.seed)

@@ -42,7 +42,7 @@ def test_settings_given_on_the_command_line_are_not_searched():
 def test_everything_in_the_search_space_is_a_valid_setting():
     for end in (0, -1):
         chosen = tune.draw(optuna.trial.FixedTrial({name: space[end] for name, space in SEARCH.items()}), set())
-        settings = load_settings([f"{name}={value}" for name, value in chosen.items()])
+        settings = load_settings([f"{name}={value}" for name, value in chosen.items()], Settings)
         assert parse_augment(settings.augment) == ({} if end == 0 else {"hflip": 0.5, "shift": 3, "erase": 0.5})
 
 
