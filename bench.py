@@ -47,8 +47,13 @@ ORDINARY = {  # architecture -> batch size, learning rate and epochs of its refe
     "resnet8": (64, 0.0001, 1000),
 }
 FEED_STEPS = 50
-FEW = {100: 200, 500: 100, 1_000: 80, 5_000: 40, 54_000: 12}  # training images -> epochs
-FEW_GAN_STEPS = 3_000
+FEW = {  # training images -> epochs of the classifier, steps of the GAN
+    100: (150, 2_000),
+    500: (80, 2_000),
+    1_000: (60, 2_000),
+    5_000: (30, 2_000),
+    54_000: (8, 4_000),
+}
 FEW_WAYS = {
     "as they are": "",
     "cropped, mirrored, erased": "crop,hflip,erase",
@@ -303,12 +308,12 @@ def few(settings: BenchSettings) -> None:
 
     accuracies: dict[str, dict[int, list[float]]] = {way: {count: [] for count in FEW} for way in FEW_WAYS}
     for seed in range(settings.repeats):
-        for count, epochs in FEW.items():
+        for count, (epochs, gan_steps) in FEW.items():
             data = [f"seed={seed}", f"limit={count}"]
             made = folder / f"gan_{count}_{seed}"
-            passes = max(1, 12_800 // count)  # so that an epoch has 100 batches at least
-            steps = passes * count // 128
-            lines(made, "gan.py", "train", *data, f"passes={passes}", f"epochs={round(FEW_GAN_STEPS / steps)}")
+            passes = max(1, 6_400 // count)  # so that an epoch has 100 batches at least
+            gan_epochs = round(gan_steps / (passes * count // 64))
+            lines(made, "gan.py", "train", *data, "batch_size=64", f"passes={passes}", f"epochs={gan_epochs}")
             for number, (way, augmentations) in enumerate(FEW_WAYS.items()):
                 words = [f"augment={augmentations}", "gan_share=0.5", f"generator={made / 'generator.pt'}", f"epochs={epochs}"]
                 words += ["recipe=deep_cnn_dropout", "schedule=one_cycle", f"batch_size={50 if count < 5_000 else 128}"]

@@ -134,7 +134,8 @@ class GanTraining:
         }
 
     def step(self, real: torch.Tensor, classes: torch.Tensor, lr: float) -> torch.Tensor:
-        """One step of each network, the discriminator's first; their hinge losses, `(2,)`."""
+        """One step of each network, the discriminator's first; their losses, `(2,)`: hinge, and `auxiliary` times that of
+        the class, which the discriminator learns from real images."""
         of_generator, of_discriminator = self.optimizers
         of_generator.lr, of_discriminator.lr = lr, lr * DISCRIMINATORS_LR
         autocast = torch.autocast(real.device.type, self.precision, enabled=self.precision != torch.float32)
@@ -142,14 +143,17 @@ class GanTraining:
         with autocast:
             made = self.generator(noise, classes)
             self.discriminator.requires_grad_(True)
-            real_score, made_score = self.discriminator(real, classes), self.discriminator(made.detach(), classes)
+            real_score, logits = self.discriminator(real, classes)
+            made_score, _ = self.discriminator(made.detach(), classes)
             discriminator_loss = F.relu(1 - real_score).mean() + F.relu(1 + made_score).mean()
+            discriminator_loss += self.settings.auxiliary * F.cross_entropy(logits, classes)
         discriminator_loss.backward()
         of_discriminator.step()
         of_discriminator.zero_grad()
         with autocast:
             self.discriminator.requires_grad_(False)  # spares the gradients of its weights
-            generator_loss = -self.discriminator(made, classes).mean()
+            made_score, logits = self.discriminator(made, classes)
+            generator_loss = self.settings.auxiliary * F.cross_entropy(logits, classes) - made_score.mean()
         generator_loss.backward()
         of_generator.step()
         of_generator.zero_grad()
@@ -260,13 +264,15 @@ def sample(settings: GanSettings, _: list[str]) -> None:
     print(f"wrote {len(images):,} images to {folder}, some of them to {out / 'plots' / 'generated.png'}")
 
 
-def accuracy_after_training(images: torch.Tensor, garments: torch.Tensor, valid: torch.Tensor, settings: GanSettings) -> float:
-    """Validation accuracy of a fresh JUDGED network trained on all images but those at `valid`."""
+def accuracy_after_training(
+    images: torch.Tensor, garments: torch.Tensor, train: torch.Tensor, valid: torch.Tensor, settings: GanSettings
+) -> float:
+    """Accuracy, on the images at `valid`, of a fresh JUDGED network trained on those at `train`."""
     words = [f"{key}={value}" for key, value in JUDGED.items()]
     chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"], Settings)
-    is_train = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    is_train[valid] = False
-    training = Training(chosen, chosen.seed, images, garments, is_train.nonzero().squeeze(1), valid, precision_of(settings))
+    device = choose_device(settings.device)
+    split = images.to(device), garments.to(device), train.to(device), valid.to(device)
+    training = Training(chosen, chosen.seed, *split, precision_of(settings))
     for epoch in range(1, chosen.epochs + 1):
         line = training.train_epoch(epoch, [])
     return line["valid_accuracy"]
@@ -287,9 +293,11 @@ def score(settings: GanSettings, _: list[str]) -> None:
         raise UserError(f"classifier={settings.classifier}: it doesn't tell the ten garments apart; name another")
     images, garments = load_images("train", settings.data_path)
     train, valid = split_indices(garments, theirs["valid_ratio"], theirs["seed"])
+    train = train[: settings.limit or None]
+    judged = min(JUDGED_SAMPLES, len(train) // 2)
     labels = torch.arange(len(train)) % CLASSES
     made = draw(generator, labels, settings.seed, settings.spread).cpu()
-    scores: dict = {"n": JUDGED_SAMPLES, "classifier": settings.classifier}
+    scores: dict = {"n": judged, "classifier": settings.classifier}
 
     # ---- precision: are they what they are called? Shmelkov et al. 2018, arXiv 1807.09499, GAN-test ----------------------
     def features(of: torch.Tensor) -> torch.Tensor:
@@ -298,12 +306,12 @@ def score(settings: GanSettings, _: list[str]) -> None:
     def accuracy(of: torch.Tensor, labels: torch.Tensor) -> float:
         return evaluate(infer(classifier, of, saved["mean"], saved["std"]), labels)[1]
 
-    few = made[:JUDGED_SAMPLES]
-    scores["gan_test"] = accuracy(few, labels[:JUDGED_SAMPLES])
+    few = made[:judged]
+    scores["gan_test"] = accuracy(few, labels[:judged])
     scores["real_test"] = accuracy(images[valid], garments[valid])
 
     # ---- distance in the classifier's features, and yardsticks -------------------------------------------------------------
-    real, other = images[train[:JUDGED_SAMPLES]], images[train[JUDGED_SAMPLES : 2 * JUDGED_SAMPLES]]
+    real, other = images[train[:judged]], images[train[judged : 2 * judged]]
     random = torch.Generator().manual_seed(0)
     compared = {
         "generated": few,
@@ -337,11 +345,11 @@ def score(settings: GanSettings, _: list[str]) -> None:
     plots.draw_grid(steps.numpy(), GARMENTS, "from each class to the next, the same noise", out / "plots" / "mixtures.png")
 
     # ---- diversity: what does a network learn from them alone? Ravuri & Vinyals 2019, arXiv 1905.10887, GAN-train ----------
-    alone = torch.cat([made, images[valid]])
-    labels = torch.cat([labels, garments[valid]])
-    last = torch.arange(len(made), len(alone))
-    scores["gan_train"] = accuracy_after_training(alone.to(device), labels.to(device), last.to(device), settings)
-    scores["real_train"] = accuracy_after_training(images.to(device), garments.to(device), valid.to(device), settings)
+    alone, called = torch.cat([made, images[valid]]), torch.cat([labels, garments[valid]])
+    places = torch.arange(len(alone))
+    first, last = places[: len(made)], places[len(made) :]
+    scores["gan_train"] = accuracy_after_training(alone, called, first, last, settings)
+    scores["real_train"] = accuracy_after_training(images, garments, train, valid, settings)
 
     scores["seconds"] = round(time.perf_counter() - started, 3)
     scores["versions"] = checkpoint.versions()

@@ -2,7 +2,8 @@
 
 Classes come as weights float32 `(N, 10)` that add up to 1: one-hot for a class, anything between for a mixture.
 Miyato & Koyama 2018, arXiv 1802.05637 (projection, conditional batch normalisation); Miyato et al. 2018, arXiv
-1802.05957 (spectral normalisation); Radford et al. 2016, arXiv 1511.06434 (DCGAN's layers).
+1802.05957 (spectral normalisation); Odena et al. 2017, arXiv 1610.09585 (the discriminator classifies too); Radford et
+al. 2016, arXiv 1511.06434 (DCGAN's layers).
 """
 
 from pathlib import Path
@@ -42,12 +43,12 @@ class ConditionalBatchNorm(nn.Module):
 class Generator(nn.Module):
     """Noise `(N, 64)`, from a standard normal distribution, and classes to images `(N, 1, 28, 28)` in -1..1.
 
-    308,289 parameters.
+    336,993 parameters.
     """
 
     def __init__(self):
         super().__init__()
-        self.project = nn.Linear(NOISE_DIM, 64 * 7 * 7)
+        self.project = nn.Linear(NOISE_DIM + CLASSES, 64 * 7 * 7)
         self.layers = nn.ModuleList(
             [
                 nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1, bias=False),  # 7 -> 14
@@ -59,14 +60,16 @@ class Generator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noise: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        x = self.project(noise).view(-1, 7, 7, 64).permute(0, 3, 1, 2)  # channels last: (N, 3136) -> (N, 64, 7, 7)
+        x = self.project(torch.cat([noise, classes], 1))  # (N, 3136)
+        x = x.view(-1, 7, 7, 64).permute(0, 3, 1, 2)  # (N, 64, 7, 7), channels last
         for norm, layer in zip(self.norms, self.layers):
             x = layer(F.relu(norm(x, classes)))
         return torch.tanh(x.float())
 
 
 class Discriminator(nn.Module):
-    """Images `(N, 1, 28, 28)` in -1..1 and classes to scores `(N,)`: high for real images of that class."""
+    """Images `(N, 1, 28, 28)` in -1..1 and classes to scores `(N,)`, high for real images of that class, and to logits
+    `(N, 10)` of the class that each image seems to be."""
 
     def __init__(self):
         super().__init__()
@@ -77,14 +80,18 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.1, inplace=True),
             spectral_norm(nn.Conv2d(64, 128, 3, padding=1)),
             nn.LeakyReLU(0.1, inplace=True),
+            spectral_norm(nn.Conv2d(128, 256, 3, stride=2, padding=1)),  # 7 -> 4
+            nn.LeakyReLU(0.1, inplace=True),
         )
-        self.score = spectral_norm(nn.Linear(128, 1))
-        self.project = spectral_norm(nn.Linear(CLASSES, 128, bias=False))
+        self.score = spectral_norm(nn.Linear(256, 1))
+        self.project = spectral_norm(nn.Linear(CLASSES, 256, bias=False))
+        self.classify = nn.Linear(256, CLASSES)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        features = self.layers(x).sum((2, 3))  # (N, 128, 7, 7) -> (N, 128)
-        return self.score(features).squeeze(1) + (features * self.project(classes)).sum(1)
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.layers(x).sum((2, 3))  # (N, 256, 4, 4) -> (N, 256)
+        score = self.score(features).squeeze(1) + (features * self.project(classes)).sum(1)
+        return score, self.classify(features).float()
 
 
 @torch.inference_mode()

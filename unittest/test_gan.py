@@ -14,6 +14,7 @@ from config import UserError
 from data_preprocessing import GARMENTS
 from gan_model import NOISE_DIM, Discriminator, Generator, draw, load_generator, one_hot
 from metrics import frechet_distance, mean_distance
+from model import count_parameters
 
 SHORT = ["limit=300", "batch_size=50"]
 
@@ -33,7 +34,9 @@ def test_networks_map_noise_to_images_and_images_to_scores():
     classes = one_hot(torch.tensor([3, 3, 7]))
     images = Generator()(torch.randn(3, NOISE_DIM), classes)
     assert images.shape == (3, 1, 28, 28) and images.abs().max() <= 1
-    assert Discriminator()(images, classes).shape == (3,)
+    scores, logits = Discriminator()(images, classes)
+    assert scores.shape == (3,) and logits.shape == (3, 10)
+    assert [count_parameters(network) for network in (Generator(), Discriminator())] == [336_993, 407_787]
 
 
 def test_the_generator_is_at_most_2_megabytes(undisturbed):
@@ -80,10 +83,9 @@ def test_samples_are_the_same_for_the_same_seed_alone(undisturbed):
 
 
 def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
-    monkeypatch.setattr(gan, "JUDGED_SAMPLES", 500)
     monkeypatch.setattr(gan, "COMPARED", 100)
     monkeypatch.setattr(gan, "JUDGED", {"recipe": "fast", "epochs": 1})
-    gan.main(["score", f"out_dir={undisturbed[1]}"])
+    gan.main(["score", "limit=10000", f"out_dir={undisturbed[1]}"])
     scores = json.loads((undisturbed[1] / "scores.json").read_text())
     assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no garments
     assert scores["gan_train"] < 0.7 < scores["real_train"]
