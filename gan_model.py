@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
 
 import checkpoint
 from config import UserError
@@ -98,8 +99,11 @@ class Discriminator(nn.Module):
 def generate(generator: Generator, classes: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """uint8 images `(N, 1, 28, 28)`, on the generator's device, of `classes` `(N, 10)` from `noise` `(N, 64)`."""
     generator.eval()
-    images = [generator(some, of).add_(1).mul_(127.5) for some, of in zip(noise.split(500), classes.split(500))]
-    return torch.cat(images).round_().to(torch.uint8)
+    images = []
+    batches = list(zip(noise.split(500), classes.split(500)))
+    for some, of in tqdm(batches, "generating", delay=1, disable=None, leave=False):
+        images.append(generator(some, of).add_(1).mul_(127.5).round_().to(torch.uint8))
+    return torch.cat(images)
 
 
 def load_generator(path: Path) -> tuple[Generator, dict]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import parallel
 from augmentation import augment
@@ -176,11 +177,15 @@ def keep_freed_memory() -> None:
 def infer(
     network: nn.Module, images: torch.Tensor, mean: float, std: float, precision: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Logits, float32 `(N, output_dim)` on the CPU, of uint8 images `(N, 1, 28, 28)` on any device."""
+    """Logits, float32 `(N, output_dim)` on the CPU, of uint8 images `(N, 1, 28, 28)` on any device.
+
+    A terminal sees a progress bar if it takes longer than a second.
+    """
     network.eval()
     device = next(network.parameters()).device
     logits = []
-    for batch in images.split(500):  # the activations of 500 images fit into the cache
+    batches = images.split(500)  # whose activations fit into the cache
+    for batch in tqdm(batches, "inference", delay=1, disable=None, leave=False):
         x = normalise(batch.to(device), mean, std)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits.append(network(x).float().cpu())
