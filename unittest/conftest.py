@@ -1,7 +1,9 @@
 import pytest
+import torch
 
 from config import Settings, load_settings
 from data_preprocessing import load_images
+from model import build
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,20 @@ def data_path():
 @pytest.fixture(scope="session")
 def train_data(data_path):
     return load_images("train", data_path)
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """What best_model.pt holds, of a network that has not been trained."""
+    torch.manual_seed(0)
+    return {
+        "kind": "best_model",
+        "architecture": "cnn",
+        "activation": "relu",
+        "output_dim": 2,
+        "class_names": ["clothes", "shoe"],
+        "mean": 0.286,
+        "std": 0.353,
+        "parameters": build("cnn", 2).state_dict(),
+        "epoch": 1,
+    }

@@ -14,25 +14,14 @@ import checkpoint
 import predict
 import test as test_script
 from config import ROOT, UserError
-from model import build
 from photo import open_image, to_fashion_mnist, turned_left
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, untrained):
     """A folder with a best_model.pt of an untrained network."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
-    described = {
-        "architecture": "cnn",
-        "activation": "relu",
-        "output_dim": 2,
-        "class_names": ["clothes", "shoe"],
-        "mean": 0.286,
-        "std": 0.353,
-    }
-    network = {"kind": "best_model", **described, "parameters": build("cnn", 2).state_dict(), "epoch": 1}
-    checkpoint.save(folder / "best_model.pt", network)
+    checkpoint.save(folder / "best_model.pt", untrained)
     return folder
 
 
