@@ -46,7 +46,7 @@ class GanSettings(Settings):
     per_class: int = Field(100, ge=1, le=100_000, description="sample: images of each class")
     classes: str = Field("", description="sample: which, e.g. Sneaker,Bag; empty = all ten")
     spread: float = Field(1.0, gt=0, le=3, description="sample, score: standard deviation of the noise; below 1, less varied")
-    classifier: str = Field("runs/resnet8_plus/best_model.pt", description="score: the network that judges the samples")
+    classifier: str = Field("runs/tiny_best/best_model.pt", description="score: the network that judges the samples")
 
     @field_validator("classes")
     @classmethod
