@@ -315,7 +315,13 @@ def few(settings: BenchSettings) -> None:
             gan_epochs = round(gan_steps / (passes * count // 64))
             lines(made, "gan.py", "train", *data, "batch_size=64", f"passes={passes}", f"epochs={gan_epochs}")
             for number, (way, augmentations) in enumerate(FEW_WAYS.items()):
-                words = [f"augment={augmentations}", "gan_share=0.5", f"generator={made / 'generator.pt'}", f"epochs={epochs}"]
+                words = [
+                    f"augment={augmentations}",
+                    "gan_share=0.5",
+                    "gan_fresh=true",
+                    f"generator={made / 'generator.pt'}",
+                    f"epochs={epochs}",
+                ]
                 words += ["recipe=deep_cnn_dropout", "schedule=one_cycle", f"batch_size={50 if count < 5_000 else 128}"]
                 epoch = lowest(lines(folder / f"{count}_{number}_{seed}", "train.py", *data, *words))
                 accuracies[way][count].append(epoch["valid_accuracy"])
