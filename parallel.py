@@ -101,8 +101,8 @@ class _Normalise(torch.autograd.Function):
             gradient, x, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
         )
         here = torch.stack([of_weight, of_bias])
-        of_mean, of_scale = (here / (x.numel() / len(mean)) - gathered(here).sum(0) / total) * scale * weight
-        return of_x + F.batch_norm(x, mean, variance, of_mean, of_scale, eps=ctx.eps), of_weight, of_bias, None
+        of_scale, of_mean = (here / (x.numel() / len(mean)) - gathered(here).sum(0) / total) * scale * weight
+        return of_x + F.batch_norm(x, mean, variance, of_scale, of_mean, eps=ctx.eps), of_weight, of_bias, None
 
 
 class SharedBatchNorm(nn.BatchNorm2d):

@@ -117,8 +117,8 @@ def main(arguments: list[str]) -> None:
         write_shoes(settings.data_path)
     folder = ROOT / Path(settings.shoes_dir).expanduser() if settings.shoes_dir else SHOES_DIR
     choosing = settings.query == "pool"  # settings: the test images are not even read
-    names = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
-    parts = read_parts(folder, names, are_photographs=bool(settings.shoes_dir))
+    wanted = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
+    parts = read_parts(folder, wanted, are_photographs=bool(settings.shoes_dir))
     classes = parts["train"].classes
     shots = settings.shots or min(parts["train"].counts)
     at_random = choosing or settings.episodes > 1
@@ -189,17 +189,16 @@ def main(arguments: list[str]) -> None:
     colours = [plots.GREEN if right else plots.RED for right in is_right]
     heading = f"{sum(is_right)} of {len(is_right)} test images right"
     plots.draw_sheet(test.images.squeeze(1).numpy(), titles, 5, heading, out / "plots" / "predictions.png", colours)
-    picks = picks.flatten().tolist()
-    supports = parts[support].images[picks].squeeze(1).numpy()
-    heading = "What the last layer learns from"
-    plots.draw_sheet(supports, parts[support].names(picks), shots, heading, out / "plots" / "support.png")
+    shown = parts[support].images[picks.flatten()].squeeze(1).numpy()
+    names = parts[support].names(picks.flatten().tolist())
+    plots.draw_sheet(shown, names, shots, "What the last layer learns from", out / "plots" / "support.png")
     if at_random:
         heading = f"{settings.episodes} episodes, {len(labels)} images"
         path = out / "plots" / "accuracy_by_shots.png"
         band = "its worst to its best episode"
         plots.draw_accuracy_by_count(rows, "support images of each class", heading, path, bands=1, band=band)
-        images, names = parts[pool].images.squeeze(1).numpy(), parts[pool].names(range(len(parts[pool].files)))
-        plots.draw_sheet(images, names, 13, f"What episodes draw from: {len(names)} images", out / "plots" / "pool.png")
+        shown, names = parts[pool].images.squeeze(1).numpy(), parts[pool].names(range(len(parts[pool].files)))
+        plots.draw_sheet(shown, names, 13, f"What episodes draw from: {len(names)} images", out / "plots" / "pool.png")
     mine = report.pop(OURS)
     scores = {
         "task": " or ".join(classes),
