@@ -12,7 +12,7 @@ from config import parse_augment
 def augment(images: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
     """Images `(N, 1, 28, 28)`, uint8 in and out, each changed by chance as `augmentations` says ("hflip:0.5,shift:2")."""
     for name, strength in parse_augment(augmentations).items():
-        if name != "gan":  # which adds images, in train.py, and changes none
+        if name != "gan":  # which adds images (training.Generated) and changes none
             images = FUNCTIONS[name](images, strength, generator)
     return images
 

@@ -20,6 +20,7 @@ Each side runs in a fresh process, in turn. Leave the machine alone meanwhile.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -372,7 +373,9 @@ def main(arguments: list[str]) -> None:
         elif settings.part == "fast":
             fast(settings, folder, train)
         elif settings.part == "test":
-            in_turn(settings.repeats, ["test.py", *words], ["-c", "import torch"], 0)
+            Path(folder, "ours").mkdir()
+            shutil.copy(settings.out_path / "best_model.pt", f"{folder}/ours")
+            in_turn(settings.repeats, ["test.py", *train[1:]], ["-c", "import torch"], 0)
         elif settings.part == "memory":
             hold = "import torch; x = torch.ones(70_000, 1, 28, 28, dtype=torch.uint8)"
             in_turn(settings.repeats, train, ["-c", hold], 1)

@@ -17,9 +17,11 @@ from networks import Network
 NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
 KEYS = {  # what a file must hold to be of its kind
     "best_model": NETWORK_KEYS,
-    "checkpoint": NETWORK_KEYS | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random"},
+    "checkpoint": NETWORK_KEYS
+    | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random", "run", "partial", "machine"},
     "generator": {"parameters", "settings", "epoch"},
-    "gan_checkpoint": {"generator", "averaged", "discriminator", "optimizers", "history", "random", "settings", "frames"},
+    "gan_checkpoint": {"generator", "averaged", "discriminator", "optimizers", "history", "random", "settings", "frames"}
+    | {"partial", "machine"},
 }
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
@@ -80,9 +82,10 @@ def load(path: Path, kind: str) -> dict:
     return contents
 
 
-def check_same_settings(saved: dict, settings: Settings) -> None:
-    """Raises UserError if a run saved under other settings would go on as something else."""
-    saved = {key: field.default for key, field in type(settings).model_fields.items()} | saved  # a setting may be newer
+def check_resumable(contents: dict, settings: Settings, device: torch.device) -> None:
+    """Raises UserError if a checkpoint's contents were saved under other settings, or on another kind of device, whose random
+    numbers are others."""
+    saved = {key: field.default for key, field in type(settings).model_fields.items()} | contents["settings"]
     differ = [
         f"{key}={value} (was {saved[key]})"
         for key, value in settings.model_dump().items()
@@ -90,6 +93,9 @@ def check_same_settings(saved: dict, settings: Settings) -> None:
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
+    made_on = contents["machine"]["device"]
+    if made_on != device.type:
+        raise UserError(f"resume=true: the run began on {made_on}, which {device.type} can't go on with; say device={made_on}")
 
 
 def rebuild(contents: dict, path: Path) -> Network:
@@ -118,6 +124,30 @@ def read_history(path: Path) -> tuple[dict, list[dict]]:
 def lowest(epochs: list[dict]) -> dict:
     """The epoch with the lowest validation loss: its network is the one that is kept."""
     return min(epochs, key=lambda line: line["valid_loss"])
+
+
+def machine(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
+    """What, beside settings and versions, decides about a training's bits."""
+    processes = {"threads": torch.get_num_threads(), "processes": parallel.count()}
+    return {"device": device.type, "precision": str(precision).removeprefix("torch."), **processes}
+
+
+def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Of `generator`, and of what dropout draws from, which is another one on each process: `(processes, length)`."""
+    states = {"torch": torch.get_rng_state()}
+    if generator.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    of_all = {name: parallel.whole(state.unsqueeze(0), parallel.count()) for name, state in states.items()}
+    return {"generator": generator.get_state(), **of_all}
+
+
+def set_random_states(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Go on from what `random_states` gave."""
+    generator.set_state(states["generator"])
+    row = parallel.rank() % len(states["torch"])  # there may be more processes than before
+    torch.set_rng_state(states["torch"][row].clone())
+    if generator.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][row].clone())
 
 
 def versions() -> dict[str, str]:

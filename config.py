@@ -44,6 +44,9 @@ SEARCH = {  # where tune.py looks: choices, or the ends of a range, on a logarit
 }
 
 
+HELP = {"help", "-h", "--help"}
+
+
 class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, and what to do."""
 
@@ -61,7 +64,7 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the network's arithmetic; auto = training in bfloat16 where the device has units for it"
     )
-    batch_size: int = Field(128, ge=1, le=60_000, description="images a training step")
+    batch_size: int = Field(192, ge=1, le=60_000, description="images a training step")
     limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
 
     architecture: Literal[
@@ -99,7 +102,7 @@ class Settings(BaseModel):
         1, ge=1, le=100, description="N networks, each with its own split and seed; the lowest validation loss is kept"
     )
     epochs: int = Field(
-        6, ge=1, le=100_000, description="passes over the training images, or a share of them (see first_share, hard_share)"
+        7, ge=1, le=100_000, description="passes over the training images, or a share of them (see first_share, hard_share)"
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has Nesterov momentum 0.9")
     lr: float = Field(0.02, gt=0, description="peak of the schedule, per step")
@@ -125,7 +128,7 @@ class Settings(BaseModel):
     )
     warmup: float = Field(0.25, ge=0, lt=1, description="share of all steps in which cosine and one_cycle rise linearly")
     augment: str = Field(
-        "",
+        "shift:1",
         description="list of name or name:strength, e.g. hflip:0.5,shift:2; "
         + "; ".join(f"{name}: {unit}, 0 to {top}, default {default}" for name, (default, top, unit) in AUGMENTATIONS.items()),
     )
@@ -133,16 +136,16 @@ class Settings(BaseModel):
     gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
     generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
     auxiliary: float = Field(
-        0.0, ge=0, description="weight of a second loss on the ten garments, from a head that is thrown away; 0 = none"
+        0.5, ge=0, description="weight of a second loss on the ten garments, from a head that is thrown away; 0 = none"
     )
     first_share: float = Field(
-        1.0,
+        0.4,
         gt=0,
         le=1,
         description="share of the training images, drawn at random, that the first epoch visits; 1 = all",
     )
     hard_share: float = Field(
-        1.0,
+        0.12,
         gt=0,
         le=1,
         description="share of the training images that each epoch after the first visits: "
@@ -207,11 +210,11 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
     Raises UserError, naming the key, what was given, what is allowed and the nearest valid name.
     `help` prints every setting and exits with 0.
     """
-    if {"help", "-h", "--help"} & set(arguments):
-        print(describe(settings_type))
-        raise SystemExit(0)
+    helps = HELP & set(arguments)
     given = {}
     for word in arguments:
+        if word in HELP:
+            continue
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"{word!r} is not understood; settings are written key=value, and help lists them")
@@ -222,6 +225,9 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
         if given["recipe"] not in recipes:
             raise UserError(f"recipe={given['recipe']}: there is no such recipe; known: {', '.join(recipes) or 'none yet'}")
         merged |= _read_json(recipes[given["recipe"]])
+    if helps:
+        print(describe(settings_type, merged | given))
+        raise SystemExit(0)
     merged |= {key: _typed(settings_type, key, value) for key, value in given.items()}
     try:
         return settings_type(**merged)
@@ -265,16 +271,17 @@ def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
     return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
 
 
-def describe(settings_type: type[Settings]) -> str:
-    """Every setting with its type, its value in Task 1 and its meaning, for `help`."""
-    shipped = _read_json(ROOT / "config.json")
+def describe(settings_type: type[Settings], values: dict) -> str:
+    """Every setting with its value, its type, its range and its meaning, for `help`."""
     lines = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]", ""]
     for key, field in settings_type.model_fields.items():
         kind = getattr(field.annotation, "__name__", "")
         if kind == "Literal":
             kind = "|".join(map(str, get_args(field.annotation)))
-        value = shipped.get(key, field.default)
-        value = str(value).lower() if kind == "bool" else value
+        for sign, bound in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt")):
+            kind += "".join(f", {sign} {getattr(rule, bound)}" for rule in field.metadata if hasattr(rule, bound))
+        value = values.get(key, field.default)
+        value = str(value).lower() if isinstance(value, bool) else value
         lines.append(f"{key}={value}  ({kind})\n    {field.description}")
     return "\n".join(lines)
 

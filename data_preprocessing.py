@@ -1,4 +1,4 @@
-"""Fashion-MNIST: find, fetch, verify and read the four IDX files; labels, split, normalisation, augmentation, batches.
+"""Fashion-MNIST: find, fetch, verify and read the four IDX files; labels, splits, normalisation, batches.
 
 The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; a batch becomes floating point, on the
 device, only when the network asks for it. Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.

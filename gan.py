@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 from augmentation import augment
-from config import ROOT, Settings, UserError, load_settings, run_script
+from config import HELP, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import GARMENTS, batches, load_images, normalise, split_indices
 from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance, nearest
@@ -92,7 +92,7 @@ class GanTraining:
         self.partial: dict | None = None  # of an epoch that was ended in its midst: the order, what is done of it
 
     def train_epoch(self, epoch: int, check: Callable[[], None]) -> dict:
-        """The epoch's line of history. `check` is called after each batch, as train.py's is."""
+        """The epoch's line of history. `check` is called after each batch, as training.py's is."""
         started = time.perf_counter()
         settings, device = self.settings, self.images.device
         for network in (self.generator, self.discriminator):
@@ -165,7 +165,7 @@ class GanTraining:
             "averaged": self.averaged.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": {"generator": self.random.get_state(), "torch": torch.get_rng_state()},
+            "random": checkpoint.random_states(self.random),
             "frames": self.frames,
             "partial": self.partial,
         }
@@ -176,8 +176,7 @@ class GanTraining:
             getattr(self, name).load_state_dict(saved[name])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.random.set_state(saved["random"]["generator"])
-        torch.set_rng_state(saved["random"]["torch"])
+        checkpoint.set_random_states(saved["random"], self.random)
         self.frames = list(saved["frames"])
         if saved["partial"]:
             device = self.images.device
@@ -192,7 +191,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
     saved = checkpoint.load(out / "checkpoint.pt", "gan_checkpoint") if settings.resume else None
     history = saved["history"] if saved else []
     if saved:
-        checkpoint.check_same_settings(saved["settings"], settings)
+        checkpoint.check_resumable(saved, settings, device)
         if len(history) >= settings.epochs:
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(history)}; there is nothing to resume")
             return
@@ -215,6 +214,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
 
     def save(name: str, kind: str, contents: dict) -> None:
         common = {"settings": settings.model_dump(), "versions": checkpoint.versions(), "epoch": len(history)}
+        common["machine"] = checkpoint.machine(device, precision)
         checkpoint.save(out / name, {"kind": kind, **common, **contents})
 
     with claimed(out), Signals() as signals:
@@ -372,8 +372,11 @@ ACTIONS = {"train": train, "sample": sample, "score": score}
 
 def main(arguments: list[str]) -> None:
     action, words = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if action not in ACTIONS and not {"help", "-h", "--help"} & set(arguments):
-        raise UserError(f"gan.py {action}: say what to do: python gan.py {'|'.join(ACTIONS)} [key=value ...]")
+    if action not in ACTIONS:
+        if HELP & set(arguments):
+            action, words = "train", arguments
+        else:
+            raise UserError(f"gan.py {action}: say what to do: python gan.py {'|'.join(ACTIONS)} [key=value ...]")
     if not any(word.startswith("recipe=") for word in words):
         words = ["recipe=gan", *words]
     ACTIONS[action](load_settings(words, GanSettings), arguments)

@@ -14,7 +14,7 @@ from torch import nn
 
 import checkpoint
 import plots
-from config import ROOT, Settings, UserError, load_settings, run_script
+from config import HELP, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import labels_by_name, load_images
 from model import choose_device, infer
 from photo import read_photographs, turned_left
@@ -53,7 +53,7 @@ def _report(
 
 
 def main(arguments: list[str]) -> None:
-    words = [word for word in arguments if "=" in word.partition("/")[0] or word in ("help", "-h", "--help")]
+    words = [word for word in arguments if "=" in word.partition("/")[0] or word in HELP]
     paths = [path if (path := Path(word)).exists() else ROOT / word for word in arguments if word not in words]
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:

@@ -29,11 +29,11 @@ def gathered(recipe: str, root: Path = ROOT) -> tuple[list[dict], list[list[dict
 
 
 def minutes_and_accuracy(recipe: str, root: Path = ROOT) -> tuple[float, float] | None:
-    """Means over seeds: minutes of training, test accuracy in 0..1. None for a recipe without scores."""
+    """Minutes that seed 0's training took, mean over seeds of the test accuracy in 0..1. None for a recipe without scores."""
     scores, histories = gathered(recipe, root)
     if not scores:
         return None
-    minutes = statistics.mean(sum(line["seconds"] for line in history) for history in histories) / 60
+    minutes = sum(line["seconds"] for line in histories[0]) / 60
     return minutes, statistics.mean(score["accuracy"] for score in scores)
 
 
@@ -45,13 +45,14 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
     minutes, accuracy = means
     scores, histories = gathered(recipe, root)
     spread = f" ± {statistics.stdev(score['accuracy'] for score in scores):.2%}" if len(scores) > 1 else ""
-    epochs = statistics.mean(map(len, histories))
+    runs = histories[0][-1].get("run", 1)
+    epochs = f"{runs} x " * (runs > 1) + f"{len(histories[0]) // runs}"
     reference = REFERENCES.get(recipe.removesuffix("_plus"))
     cells = (
         f"`{recipe}`",
         f"{scores[0]['parameters']:,}",
         f"{scores[0]['multiply_adds'] / 1e6:.1f} M",
-        f"{epochs:.0f}",
+        epochs,
         f"{minutes:.1f}",
         f"**{accuracy:.2%}**{spread} (n={len(scores)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",

@@ -1,6 +1,7 @@
 """Ending a run without loss: signals wait until a batch is done, and two runs keep out of each other's folder."""
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ class Signals:
 
 def resuming(script: str, arguments: list[str]) -> str:
     """The command that goes on with a run."""
-    return " ".join(["python", script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
+    start = ["python"] if parallel.count() == 1 else ["torchrun", f"--nproc_per_node={parallel.count()}"]
+    return shlex.join([*start, script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
 
 
 def _is_alive(process: int) -> bool:

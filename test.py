@@ -1,7 +1,7 @@
 """Evaluate best_model.pt on the 10,000 test images: `python test.py [recipe=NAME] [key=value ...]`.
 
-Writes scores.json and plots (confusion matrix, mistakes, features in two dimensions, reliability) into out_dir, then
-lets predict.py draw one random test image. The network and how its input is normalised come from best_model.pt.
+Writes scores.json and plots (confusion matrix, mistakes, features in two dimensions, reliability, one random test image as
+predict.py shows it) into out_dir. The network and how its input is normalised come from best_model.pt.
 """
 
 import json
@@ -107,11 +107,12 @@ def main(arguments: list[str]) -> None:
     scores["seconds"] = round(time.perf_counter() - started, 3)
     scores["versions"] = checkpoint.versions()
     checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    sample = random.Random(settings.seed).randrange(len(images))
+    predict.predict_test_image(network, saved, images, labels, sample, out / "plots" / "prediction.png")
     print(
         f"test accuracy {accuracy:.2%} ({correct:,} of {len(labels):,}, 95 % interval {low:.2%} to {high:.2%}), "
         f"loss {loss:.5f}, calibration error {scores['calibration_error']:.3%}; wrote {out / 'scores.json'}"
     )
-    predict.predict_test_image(network, saved, images, labels, random.randrange(len(images)), out / "plots" / "prediction.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import nn
 
 import checkpoint
 import parallel
-from checkpoint import check_same_settings, lowest
+from checkpoint import check_resumable, lowest
 from config import Settings, UserError, load_settings, run_script
 from data_preprocessing import fold_indices, load_images, split_indices
 from model import choose_device, choose_precision, count_parameters, keep_freed_memory, layers
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if goes_on else None
     history = saved["history"] if saved else []  # a line per epoch, of all runs
     if saved:
-        check_same_settings(saved["settings"], settings)
+        check_resumable(saved, settings, device)
         if is_over(epochs_of(history, runs), settings):
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> None:
             # ---- network ----------------------------------------------------------------------------------------------
             train, valid = train[: settings.limit or None].to(device), valid.to(device)
             training = Training(settings, settings.seed + run - 1, images, garments, train, valid, precision)
-            if saved and saved.get("run", history[-1].get("run", 1) if history else 1) == run:
+            if saved and saved["run"] == run:
                 try:
                     training.load_state_dict(saved)
                 except (KeyError, TypeError, ValueError, RuntimeError):

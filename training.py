@@ -1,4 +1,4 @@
-"""A training on its way: its data, its network, its teacher, an epoch; `train.py` and `tune.py` go through the epochs."""
+"""A training on its way: its data, its network, its teacher, an epoch; scripts go through the epochs."""
 
 import copy
 import time
@@ -228,10 +228,10 @@ class Training:
             "std": self.std,
             "settings": self.settings.model_dump(),
             "versions": checkpoint.versions(),
+            "machine": checkpoint.machine(self.images.device, self.precision),
         }
 
     def state_dict(self) -> dict:
-        random = parallel.whole(torch.get_rng_state().unsqueeze(0), parallel.count())  # a row for each process
         return {
             "parameters": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
@@ -239,7 +239,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "image_losses": self.image_losses,
             "partial": self.partial,
-            "random": {"generator": self.generator.get_state(), "torch": random},
+            "random": checkpoint.random_states(self.generator),
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -250,9 +250,7 @@ class Training:
                 part.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.image_losses.copy_(saved["image_losses"])
-        if saved.get("partial"):
+        if saved["partial"]:
             device = self.images.device
             self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
-        self.generator.set_state(saved["random"]["generator"])
-        states = torch.atleast_2d(saved["random"]["torch"])
-        torch.set_rng_state(states[parallel.rank() % len(states)].clone())
+        checkpoint.set_random_states(saved["random"], self.generator)

@@ -90,6 +90,9 @@ def main(arguments: list[str]) -> None:
     own = ("trials", "storage", "out_dir")
     words = [word for word in arguments if word.partition("=")[0] not in own]
     fixed = {word.partition("=")[0] for word in words}
+    same = sorted(
+        word for word in words if word.partition("=")[0] not in ("data_dir", "device")
+    )  # for all who share the trials
     device = choose_device(settings.device)
     keep_freed_memory()
     images, garments = load_images("train", settings.data_path)
@@ -118,12 +121,18 @@ def main(arguments: list[str]) -> None:
         return best["valid_loss"]
 
     def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        value = "given up" if trial.value is None or not trial.values else f"validation loss {trial.value:.5f}"
+        value = "given up" if trial.state.name != "COMPLETE" else f"validation loss {trial.value:.5f}"
         print(f"trial {trial.number}: {value}, {trial.user_attrs.get('settings')}", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
     url = settings.storage or f"sqlite:///{out / 'tune.db'}"
     study = open_study(url, settings)
+    theirs = study.user_attrs.get("words", same)
+    if theirs != same:
+        raise UserError(
+            f"{url}: its trials were made with {' '.join(theirs)}; say the same, or name another out_dir or storage"
+        )
+    study.set_user_attr("words", same)
     counted = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(settings.trials, states=counted)
     done = study.get_trials(states=counted)

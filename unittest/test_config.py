@@ -77,7 +77,11 @@ def test_every_recipe_is_valid_and_says_only_what_differs(path):
     shipped = json.loads((config.ROOT / "config.json").read_text())
     own = json.loads(path.read_text())
     assert settings.output_dim == 10
-    assert not {key for key, value in own.items() if shipped.get(key, config.Settings.model_fields[key].default) == value}
+    assert not {key for key, value in own.items() if shipped[key] == value}
+
+
+def test_config_json_has_every_setting_at_its_default():
+    assert json.loads((config.ROOT / "config.json").read_text()) == Settings().model_dump(exclude={"recipe"})
 
 
 def test_a_broken_config_file_is_refused_by_name(root):
@@ -97,11 +101,12 @@ def test_augmentations_have_default_strengths():
     assert parse_augment("") == {}
 
 
-def test_help_names_every_setting(capsys):
+def test_help_names_every_setting_as_the_recipe_has_it(root, capsys):
     with pytest.raises(SystemExit) as ended:
-        load_settings(["help"], Settings)
+        load_settings(["help", "recipe=quick"], Settings)
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and all(f"\n{key}=" in shown for key in config.Settings.model_fields)
+    assert "\nepochs=2  (int, >= 1, <= 100000)\n" in shown
 
 
 def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(capsys):

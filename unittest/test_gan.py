@@ -12,7 +12,7 @@ import train
 import training
 from config import UserError
 from data_preprocessing import GARMENTS
-from gan_model import NOISE_DIM, Discriminator, Generator, draw, load_generator, one_hot
+from gan_model import NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance
 from model import count_parameters
 
@@ -60,8 +60,13 @@ def test_resume_gives_the_same_bits(undisturbed, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_an_epoch_draws_the_same_noise_again(undisturbed):
-    assert len(undisturbed[0]["frames"]) == 2
+def test_an_epoch_is_drawn_by_the_average_of_its_generator(undisturbed):
+    generator, _ = load_generator(undisturbed[1] / "generator.pt")
+    noise, classes = gan.fixed_noise()
+    assert undisturbed[0]["frames"][-1].equal(generate(generator, classes, noise).squeeze(1))
+
+
+def test_every_epoch_is_in_the_pictures(undisturbed):
     assert (undisturbed[1] / "plots" / "samples.png").exists()
     with Image.open(undisturbed[1] / "plots" / "training.gif") as animation:
         assert animation.n_frames == 2
@@ -135,6 +140,12 @@ def test_bad_input_is_refused_in_a_line(words, told, tmp_path):
     with pytest.raises(UserError) as refusal:
         gan.main([*words, f"out_dir={tmp_path}"] if words else [])
     assert told in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_help_needs_no_action(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gan.main(["help"])
+    assert ended.value.code == 0 and "\nper_class=100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1", "1.5"])

@@ -46,6 +46,12 @@ def test_everything_in_the_search_space_is_a_valid_setting():
         assert parse_augment(settings.augment) == ({} if end == 0 else {"hflip": 0.5, "shift": 3, "erase": 0.5})
 
 
+def test_trials_of_other_settings_are_not_ranked_together(tmp_path):
+    tune.main([*SHORT, "trials=1", f"out_dir={tmp_path}"])
+    with pytest.raises(UserError, match=r"its trials were made with .*limit=300"):
+        tune.main([*SHORT, "limit=400", "trials=2", f"out_dir={tmp_path}"])
+
+
 def test_a_storage_that_cannot_be_opened_is_refused_in_a_line(tmp_path):
     with pytest.raises(UserError, match="storage=nonsense: can't be opened"):
         tune.main([*SHORT, "storage=nonsense", f"out_dir={tmp_path}"])
@@ -80,17 +86,17 @@ def postgres():
 
 def test_four_workers_share_a_server_and_what_a_killed_one_was_at_is_done_by_another(postgres, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "HEARTBEAT", 1)
-    told = "import sys, tune; tune.HEARTBEAT = 1; tune.run_script(tune.main)"
+    told = "import sys, tune; tune.HEARTBEAT = 1; {}; tune.run_script(tune.main)"
 
-    def start(number: int, *words: str) -> subprocess.Popen:
+    def start(number: int, patch: str = "") -> subprocess.Popen:
         own = [f"storage={postgres}", f"out_dir={tmp_path / str(number)}"]
-        command = [sys.executable, "-c", told, *SHORT, *words, *own, "trials=8"]
+        command = [sys.executable, "-c", told.format(patch or "pass"), *SHORT, *own, "trials=8"]
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def trials() -> list[optuna.trial.FrozenTrial]:
         return tune.open_study(postgres, tune.TuneSettings(recipe="fast")).get_trials()
 
-    workers = [start(0, "epochs=100000")]  # so that it will be at its trial
+    workers = [start(0, "tune.is_over = lambda *_: False")]  # so that it will be at its trial
     workers += [start(number) for number in (1, 2, 3)]
     while not any(str(workers[0].pid) in trial.user_attrs.get("worker", "") for trial in trials()):
         assert workers[0].poll() is None
