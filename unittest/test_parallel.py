@@ -61,7 +61,8 @@ def test_two_processes_go_through_the_losses_of_one(tmp_path):
 
 
 def test_in_double_precision_the_losses_of_task_1_are_the_same(tmp_path):
-    words = ["double", "batch_size=64", "precision=float32", "device=cpu"]  # in float32, rounding grows to some per cent in 50 steps
+    # in float32, rounding would grow to some per cent in 50 steps
+    words = ["double", "batch_size=64", "precision=float32", "device=cpu"]
     for processes in (1, 2):
         with torchrun(__file__, str(tmp_path / f"{processes}.json"), *words, processes=processes) as process:
             _, errors = process.communicate()
