@@ -9,6 +9,7 @@ Nothing here needs torch.
 import difflib
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-ROOT = Path(__file__).resolve().parent  # relative paths in settings start here, not in the current folder
+ROOT = Path(__file__).resolve().parent
 
 AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of mirroring left to right"),
@@ -49,6 +50,11 @@ HELP = {"help", "-h", "--help"}
 
 class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, and what to do."""
+
+
+def resolve(path: str) -> Path:
+    """The path that a setting names; a relative one starts at the repository's root, not at the current folder."""
+    return ROOT / Path(path).expanduser()
 
 
 class Settings(BaseModel):
@@ -174,14 +180,18 @@ class Settings(BaseModel):
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
         return self
 
+    def __str__(self) -> str:
+        """The command line that gives these settings."""
+        return shlex.join(f"{key}={_as_text(value)}" for key, value in self.model_dump().items())
+
     @property
     def out_path(self) -> Path:
         folder = self.out_dir or (f"runs/{self.recipe}" if self.recipe else ".")
-        return ROOT / Path(folder).expanduser()
+        return resolve(folder)
 
     @property
     def data_path(self) -> Path:
-        return ROOT / Path(self.data_dir).expanduser()
+        return resolve(self.data_dir)
 
 
 def parse_augment(text: str) -> dict[str, float]:
@@ -271,6 +281,10 @@ def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
     return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
 
 
+def _as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def describe(settings_type: type[Settings], values: dict) -> str:
     """Every setting with its value, its type, its range and its meaning, for `help`."""
     lines = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]", ""]
@@ -280,9 +294,7 @@ def describe(settings_type: type[Settings], values: dict) -> str:
             kind = "|".join(map(str, get_args(field.annotation)))
         for sign, bound in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt")):
             kind += "".join(f", {sign} {getattr(rule, bound)}" for rule in field.metadata if hasattr(rule, bound))
-        value = values.get(key, field.default)
-        value = str(value).lower() if isinstance(value, bool) else value
-        lines.append(f"{key}={value}  ({kind})\n    {field.description}")
+        lines.append(f"{key}={_as_text(values.get(key, field.default))}  ({kind})\n    {field.description}")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ def count_copies(images: torch.Tensor) -> int:
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, Settings)
+    print("settings:", settings)
     folder = settings.out_path / "plots"
     keep_freed_memory()
     images, garments = load_images("train", settings.data_path)

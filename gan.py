@@ -15,7 +15,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 from augmentation import augment
-from config import HELP, ROOT, Settings, UserError, load_settings, run_script
+from config import HELP, Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, batches, load_images, normalise, split_indices
 from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance, nearest
@@ -195,7 +194,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
         if len(history) >= settings.epochs:
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(history)}; there is nothing to resume")
             return
-    print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
+    print("settings:", settings)
     images, garments = load_images("train", settings.data_path)
     indices, _ = split_indices(garments, settings.valid_ratio, settings.seed)
     indices = indices[: settings.limit or None]
@@ -282,11 +281,12 @@ def score(settings: GanSettings, _: list[str]) -> None:
     import plots  # here, because matplotlib takes half a second to import
 
     started = time.perf_counter()
+    print("settings:", settings)
     out, device = settings.out_path, choose_device(settings.device)
     keep_freed_memory()
     generator, theirs = load_generator(out / "generator.pt")
     generator.to(device)
-    path = ROOT / Path(settings.classifier).expanduser()
+    path = resolve(settings.classifier)
     saved = checkpoint.load(path, "best_model")
     classifier = checkpoint.rebuild(saved, path).to(device)
     if tuple(saved["class_names"]) != GARMENTS:

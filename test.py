@@ -39,6 +39,7 @@ def classify(network: Network, features: torch.Tensor) -> torch.Tensor:
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TestSettings)
+    print("settings:", settings)
     out = settings.out_path
     device = choose_device(settings.device)
     path = out / "best_model.pt"

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
     kept = checkpoint.load(out / "best_model.pt", "best_model") if history else {}  # the best so far
-    print("settings:", " ".join(f"{key}={value}" for key, value in settings.model_dump().items()))
+    print("settings:", settings)
 
     # ---- data: all images stay uint8 on the device, splits are lists of indices into them -----------------------------
     images, garments = load_images("train", settings.data_path)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 from checkpoint import lowest
-from config import ROOT, Settings, UserError, parse_augment
+from config import Settings, UserError, parse_augment, resolve
 from data_preprocessing import batches, class_names, epoch_order, labels_of, mean_and_std, normalise
 from model import Heads, average_into, build, evaluate, freeze, infer, load_imagenet, train_one_epoch, whiten
 from optimizer import Optimizer, learning_rate
@@ -44,7 +44,7 @@ class Teacher:
     """A trained network's logits for augmented images, uint8 `(N, 1, 28, 28)`, on the device."""
 
     def __init__(self, settings: Settings, seed: int, device: torch.device):
-        path = ROOT / Path(settings.teacher).expanduser()
+        path = resolve(settings.teacher)
         saved = checkpoint.load(path, "best_model")
         check_same_split(path, saved["settings"], settings, seed)
         if saved["output_dim"] != settings.output_dim:
@@ -65,7 +65,7 @@ class Generated:
     def __init__(self, settings: Settings, seed: int, count: int, device: torch.device):
         from gan_model import draw, load_generator  # here, because most trainings need none
 
-        path = ROOT / Path(settings.generator).expanduser()
+        path = resolve(settings.generator)
         generator, theirs = load_generator(path)
         check_same_split(path, theirs, settings, seed)
         generator.to(device)

@@ -86,6 +86,7 @@ def open_study(url: str, settings: TuneSettings) -> optuna.Study:
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TuneSettings)
+    print("settings:", settings)
     out = settings.out_path if settings.out_dir else settings.out_path / "tune"
     own = ("trials", "storage", "out_dir")
     words = [word for word in arguments if word.partition("=")[0] not in own]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import plots
-from config import ROOT, Settings, UserError, load_settings, run_script
+from config import Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, load_images
 from metrics import wilson_interval
 from model import build, choose_device, freeze, infer
@@ -106,8 +106,9 @@ def summarise(values: list[float], images: int) -> dict:
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TransferSettings)
+    print("settings:", settings)
     out = settings.out_path
-    path = ROOT / Path(settings.task1).expanduser()
+    path = resolve(settings.task1)
     saved = checkpoint.load(path, "checkpoint")
     network = checkpoint.rebuild(saved, path).to(choose_device(settings.device))
     freeze(network.features)
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> None:
     # ---- images -------------------------------------------------------------------------------------------------------
     if not settings.shoes_dir:
         write_shoes(settings.data_path)
-    folder = ROOT / Path(settings.shoes_dir).expanduser() if settings.shoes_dir else SHOES_DIR
+    folder = resolve(settings.shoes_dir) if settings.shoes_dir else SHOES_DIR
     choosing = settings.query == "pool"  # settings: the test images are not even read
     wanted = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
     parts = read_parts(folder, wanted, are_photographs=bool(settings.shoes_dir))
@@ -211,6 +212,7 @@ def main(arguments: list[str]) -> None:
         "other_ways": report,
         "seconds": round(time.perf_counter() - started, 3),
         "versions": checkpoint.versions(),
+        "settings": settings.model_dump(),
     }
     checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     print(

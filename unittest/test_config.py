@@ -1,6 +1,7 @@
 """Settings: where they come from, and how wrong ones are refused."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -99,6 +100,11 @@ def test_an_unknown_key_in_a_recipe_is_refused(root):
 def test_augmentations_have_default_strengths():
     assert parse_augment("hflip, shift:3") == {"hflip": 0.5, "shift": 3.0}
     assert parse_augment("") == {}
+
+
+def test_printed_settings_are_words_that_give_them_again():
+    settings = load_settings(["recipe=mlp", "out_dir=my runs", "pretrained=false", "augment=hflip:0.5,shift"], Settings)
+    assert load_settings(shlex.split(str(settings)), Settings) == settings
 
 
 def test_help_names_every_setting_as_the_recipe_has_it(root, capsys):

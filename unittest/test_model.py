@@ -192,12 +192,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_change(train_data
     assert network.features[0].weight.equal(before)
 
 
-def test_precision_and_device_follow_the_settings():
-    cpu = choose_device("cpu")
-    assert choose_precision("float32", cpu) == torch.float32 and choose_precision("bfloat16", cpu) == torch.bfloat16
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device=cuda"):
-            choose_device("cuda")
+@pytest.mark.parametrize("units", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_precision_auto_is_bfloat16_where_the_cpu_has_units_for_it(units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    expected = torch.bfloat16 if any(units.values()) else torch.float32
+    assert choose_precision("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="device=cuda"):
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
