@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import parallel
 from config import Settings, UserError
@@ -57,6 +58,10 @@ def save(path: Path, contents: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def save_json(path: Path, contents: dict) -> None:
+    write_atomically(path, (json.dumps(contents, indent=2) + "\n").encode())
+
+
 def load(path: Path, kind: str) -> dict:
     """The dict that `save` wrote with `contents["kind"] == kind`, on the CPU; no code inside the file ever runs.
 
@@ -102,12 +107,21 @@ def rebuild(contents: dict, path: Path) -> Network:
     """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
     try:
         network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])
-        network.load_state_dict(contents["parameters"])
     except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: its parameters don't fit the network that it names; train again") from None
+        raise UserError(f"{path}: names no network that is known here; train again") from None
+    fill(network, contents, path)
+    return network
+
+
+def fill(network: nn.Module, contents: dict, path: Path) -> None:
+    """Put a file's parameters into a network, and that into evaluation mode. Raises UserError as `rebuild` does."""
+    try:
+        network.load_state_dict(contents["parameters"])
+    except (TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: its parameters don't fit the network; train again") from None
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise UserError(f"{path}: some of its parameters are not finite; train again")
-    return network.eval()
+    network.eval()
 
 
 def write_history(path: Path, settings: dict, epochs: list[dict]) -> None:

@@ -11,7 +11,6 @@ All in out_dir, runs/gan by default; the settings are those of recipes/gan.json.
 
 import copy
 import difflib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -353,7 +352,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
 
     scores["seconds"] = round(time.perf_counter() - started, 3)
     scores["versions"] = checkpoint.versions()
-    checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    checkpoint.save_json(out / "scores.json", scores)
     print(f"GAN-test: {scores['gan_test']:.2%} of samples are what they are called ({scores['real_test']:.2%} of real images)")
     print(
         f"GAN-train: {scores['gan_train']:.2%} after learning from samples alone ({scores['real_train']:.2%} from real images)"

@@ -15,7 +15,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import checkpoint
-from config import UserError
 
 CLASSES = 10
 NOISE_DIM = 64
@@ -113,13 +112,8 @@ def load_generator(path: Path) -> tuple[Generator, dict]:
     """
     saved = checkpoint.load(path, "generator")
     generator = Generator()
-    try:
-        generator.load_state_dict(saved["parameters"])
-    except (TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: its parameters don't fit the generator; train again") from None
-    if not all(torch.isfinite(tensor).all() for tensor in generator.state_dict().values()):
-        raise UserError(f"{path}: some of its parameters are not finite; train again")
-    return generator.eval(), saved["settings"]
+    checkpoint.fill(generator, saved, path)
+    return generator, saved["settings"]
 
 
 def draw(generator: Generator, labels: torch.Tensor, seed: int, spread: float = 1.0) -> torch.Tensor:

@@ -4,7 +4,6 @@ Writes scores.json and plots (confusion matrix, mistakes, features in two dimens
 predict.py shows it) into out_dir. The network and how its input is normalised come from best_model.pt.
 """
 
-import json
 import random
 import time
 from typing import Literal
@@ -107,7 +106,7 @@ def main(arguments: list[str]) -> None:
     plots.draw_reliability(*calibrated, out / "plots" / "reliability.png")
     scores["seconds"] = round(time.perf_counter() - started, 3)
     scores["versions"] = checkpoint.versions()
-    checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    checkpoint.save_json(out / "scores.json", scores)
     sample = random.Random(settings.seed).randrange(len(images))
     predict.predict_test_image(network, saved, images, labels, sample, out / "plots" / "prediction.png")
     print(

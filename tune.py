@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> None:
     best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())], Settings).model_dump()
     task_1 = load_settings([], Settings).model_dump()
     recipe = {name: value for name, value in best.items() if value != task_1[name] and name not in NO_RECIPE}
-    checkpoint.write_atomically(out / "best.json", (json.dumps(recipe, indent=2) + "\n").encode())
+    checkpoint.save_json(out / "best.json", recipe)
     weights = optuna.importance.get_param_importances(study) if len(ended) > 3 else {}
     trials = study.get_trials(states=counted)
     plots.draw_search(

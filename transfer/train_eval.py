@@ -5,7 +5,6 @@ images in FOLDER/train/CLASS, tests it on FOLDER/test/CLASS, and writes best_mod
 out_dir. `episodes=N` repeats that with N random draws of K images a class, because one draw means little.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -214,7 +213,7 @@ def main(arguments: list[str]) -> None:
         "versions": checkpoint.versions(),
         "settings": settings.model_dump(),
     }
-    checkpoint.write_atomically(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    checkpoint.save_json(out / "scores.json", scores)
     print(
         f"test accuracy {mine['mean']:.2%} (standard deviation {mine['std']:.2%}, {mine['min']:.2%} to {mine['max']:.2%}; "
         f"{len(labels)} images, {settings.episodes} x {shots} shots); wrote {out / 'scores.json'}"
