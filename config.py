@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -61,6 +61,7 @@ class Settings(BaseModel):
     """What every script knows. A script with settings of its own (`resume`, `index`, ...) adds them in a subclass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    UNREAD: ClassVar[frozenset[str]] = frozenset()  # settings that mean nothing to a script, which then refuses them
 
     recipe: str = Field("", description="take the settings of recipes/NAME.json; empty = Task 1, as config.json has it")
     data_dir: str = Field("data", min_length=1, description="folder that has, or will have, FashionMNIST/raw/")
@@ -182,7 +183,7 @@ class Settings(BaseModel):
 
     def __str__(self) -> str:
         """The command line that gives these settings."""
-        return shlex.join(f"{key}={_as_text(value)}" for key, value in self.model_dump().items())
+        return shlex.join(f"{key}={_as_text(value)}" for key, value in self.model_dump(exclude=set(self.UNREAD)).items())
 
     @property
     def out_path(self) -> Path:
@@ -238,6 +239,8 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
     if helps:
         print(describe(settings_type, merged | given))
         raise SystemExit(0)
+    for key in settings_type.UNREAD & given.keys():
+        raise UserError(f"{key}={given[key]}: means nothing here; leave it out (help lists what does)")
     merged |= {key: _typed(settings_type, key, value) for key, value in given.items()}
     try:
         return settings_type(**merged)
@@ -289,6 +292,8 @@ def describe(settings_type: type[Settings], values: dict) -> str:
     """Every setting with its value, its type, its range and its meaning, for `help`."""
     lines = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]", ""]
     for key, field in settings_type.model_fields.items():
+        if key in settings_type.UNREAD:
+            continue
         kind = getattr(field.annotation, "__name__", "")
         if kind == "Literal":
             kind = "|".join(map(str, get_args(field.annotation)))

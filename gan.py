@@ -39,6 +39,10 @@ DISCRIMINATORS_LR = 2  # times the generator's: two time scales, Heusel et al. 2
 
 
 class GanSettings(Settings):
+    UNREAD = frozenset(
+        "architecture pretrained dropout activation init whiten output_dim scaling folds runs label_smoothing teacher "
+        "teacher_share temperature augment gan_share gan_fresh generator first_share hard_share patience".split()
+    )
     resume: bool = Field(False, description="train: go on from out_dir/checkpoint.pt")
     passes: int = Field(1, ge=1, le=10_000, description="train: how often an epoch goes over all images")
     per_class: int = Field(100, ge=1, le=100_000, description="sample: images of each class")

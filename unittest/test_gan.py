@@ -132,6 +132,7 @@ def test_a_generator_that_saw_the_validation_images_is_refused(undisturbed, tmp_
         (["paint"], "train|sample|score"),
         (["sample", "classes=Shoe"], "nearest is 'Shirt'"),
         (["sample", "per_class=0"], "per_class=0"),
+        (["train", "runs=4"], "runs=4: means nothing here"),
         (["sample"], "generator.pt: there is no such file"),
         (["train", "resume=true"], "checkpoint.pt: there is no such file"),
     ],
