@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import checkpoint
-from config import ROOT, UserError
+from config import ROOT, UserError, load_settings
 from data_preprocessing import GARMENTS
 from model import infer
 from transfer import few_shot, shoe_images, train_eval
@@ -223,3 +223,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(task1, own_shoes, tmp_p
     checkpoint.save(tmp_path / "other.pt", foreign)
     with pytest.raises(UserError, match="architecture=vgg"):
         train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={tmp_path / 'other.pt'}"])
+
+
+def test_without_out_dir_all_goes_to_transfer():
+    assert load_settings([], train_eval.TransferSettings).out_path == ROOT / "transfer"
