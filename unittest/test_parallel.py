@@ -63,11 +63,10 @@ def test_two_processes_go_through_the_losses_of_one(tmp_path):
 def test_in_double_precision_the_losses_of_task_1_are_the_same(tmp_path):
     # in float32, rounding would grow to some per cent in 50 steps
     words = ["double", "batch_size=64", "precision=float32", "device=cpu"]
-    for processes in (1, 2):
-        with torchrun(__file__, str(tmp_path / f"{processes}.json"), *words, processes=processes) as process:
-            _, errors = process.communicate()
-        assert process.returncode == 0, errors[:6000]
-    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    running = [torchrun(__file__, str(tmp_path / f"{count}.json"), *words, processes=count) for count in (1, 2)]
+    errors = [process.communicate()[1][:6000] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
     assert two == pytest.approx(one, rel=1e-9)
 
 
