@@ -90,7 +90,10 @@ def load(path: Path, kind: str) -> dict:
 def check_resumable(contents: dict, settings: Settings, device: torch.device) -> None:
     """Raises UserError if a checkpoint's contents were saved under other settings, or on another kind of device, whose random
     numbers are others."""
-    saved = {key: field.default for key, field in type(settings).model_fields.items()} | contents["settings"]
+    saved, made_on = contents["settings"], contents["machine"]
+    if not isinstance(saved, dict) or not isinstance(made_on, dict):
+        raise UserError("resume=true: the checkpoint doesn't say how it was made; train without resume")
+    saved = {key: field.default for key, field in type(settings).model_fields.items()} | saved  # a setting may be newer
     differ = [
         f"{key}={value} (was {saved[key]})"
         for key, value in settings.model_dump().items()
@@ -98,9 +101,8 @@ def check_resumable(contents: dict, settings: Settings, device: torch.device) ->
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
-    made_on = contents["machine"]["device"]
-    if made_on != device.type:
-        raise UserError(f"resume=true: the run began on {made_on}, which {device.type} can't go on with; say device={made_on}")
+    if made_on.get("device") != device.type:
+        raise UserError(f"resume=true: the run began on {made_on.get('device')}, not on {device.type}; name that device")
 
 
 def rebuild(contents: dict, path: Path) -> Network:

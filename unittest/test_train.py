@@ -141,6 +141,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path, mo
     assert (tmp_path / "best_model.pt").read_bytes() == before
 
 
+def test_a_run_of_another_kind_of_device_is_not_resumed(undisturbed, tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {**undisturbed[0], "machine": {"device": "another"}})
+    with pytest.raises(UserError, match="began on another"):
+        run(tmp_path, "epochs=4", "resume=true")
+
+
 def test_a_finished_run_is_not_resumed(undisturbed, capsys):
     before = (undisturbed[1] / "checkpoint.pt").read_bytes()
     run(undisturbed[1], "resume=true")
