@@ -328,7 +328,7 @@ def draw_time_to_accuracy(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
-    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.draw_without_rendering()  # from here on it is known where the points lie
     taken = []  # boxes (left, bottom, right, top) in points
     for x, y in (axes.transData.transform(point) * 72 / figure.dpi for point in recipes.values()):
