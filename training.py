@@ -185,7 +185,7 @@ class Training:
             partial["batches"] += 1
             if not bar.disable and partial["batches"] % 20 == 0:
                 seen, losses, correct = sums.tolist()
-                bar.update(seen - bar.n)
+                bar.update(int(seen) - bar.n)
                 bar.set_postfix_str(f"loss {losses / seen:.4f}, accuracy {correct / seen:.2%}")
             check()
 

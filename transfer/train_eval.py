@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
@@ -141,7 +142,8 @@ def main(arguments: list[str]) -> None:
     embedded = {method: learner.embed(parts[drawn].images) for method, learner in learners.items()}
     queries = {method: learner.extract(images) for method, learner in learners.items()}
     rows: dict[str, dict[int, list[float]]] = {method: {} for method in learners}  # method -> shots -> accuracy of each episode
-    for k in sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))}):
+    counts = sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))})
+    for k in tqdm(counts, "images of each class", disable=None, leave=False):
         chance = torch.Generator().manual_seed(settings.seed) if at_random else None
         picks = draw_picks(parts[drawn].counts, k, settings.episodes, chance)
         for method, learner in learners.items():
