@@ -142,8 +142,8 @@ def main(arguments: list[str]) -> None:
     embedded = {method: learner.embed(parts[drawn].images) for method, learner in learners.items()}
     queries = {method: learner.extract(images) for method, learner in learners.items()}
     rows: dict[str, dict[int, list[float]]] = {method: {} for method in learners}  # method -> shots -> accuracy of each episode
-    counts = sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))})
-    for k in tqdm(counts, "images of each class", disable=None, leave=False):
+    all_shots = sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))})
+    for k in tqdm(all_shots, "images of each class", disable=None, leave=False):
         chance = torch.Generator().manual_seed(settings.seed) if at_random else None
         picks = draw_picks(parts[drawn].counts, k, settings.episodes, chance)
         for method, learner in learners.items():
