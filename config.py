@@ -83,6 +83,7 @@ class Settings(BaseModel):
         "resnet8",
         "resnet14",
         "resnet18",
+        "resnet18_56",
         "wide_resnet",
         "fast_cnn",
     ] = Field("cnn", description="the network, as networks.py names it")
@@ -96,6 +97,11 @@ class Settings(BaseModel):
     )
     whiten: bool = Field(
         False, description="the first convolution is set to the principal patterns of the images' patches, and stays"
+    )
+    batch_norm: bool = Field(
+        False,
+        description="train with batch normalisation after every convolution and hidden linear layer; it becomes part of "
+        "their weights in what is validated and kept",
     )
     output_dim: Literal[2, 10] = Field(2, description="classes: 2 = clothes or shoe, 10 = the garments")
     scaling: Literal["standard", "symmetric"] = Field(
@@ -177,8 +183,10 @@ class Settings(BaseModel):
     def _consistent(self) -> "Settings":
         if self.folds and self.runs > 1:
             raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
-        if self.pretrained and self.architecture != "resnet18":
+        if self.pretrained and not self.architecture.startswith("resnet18"):
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
+        if self.batch_norm and self.architecture not in ("cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn"):
+            raise ValueError(f"batch_norm=true: {self.architecture} has batch normalisation of its own; leave it out")
         return self
 
     def __str__(self) -> str:

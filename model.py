@@ -1,5 +1,6 @@
 """What is done with a network: build it by name, describe, freeze, infer, evaluate, train it for an epoch."""
 
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tqdm import tqdm
 
 import parallel
@@ -57,8 +59,8 @@ def build(
 
 
 def load_imagenet(network: Network) -> None:
-    """Give a `resnet18` network ImageNet's features. The first filters are summed over colour: what they then say of a
-    grey image is what they would say of it in RGB. Raises UserError if the weights can't be fetched."""
+    """Give a `resnet18` or `resnet18_56` network ImageNet's features. The first filters are summed over colour: what they
+    then say of a grey image is what they would say of it in RGB. Raises UserError if the weights can't be fetched."""
     from torchvision.models import ResNet18_Weights, resnet18
 
     theirs = resnet18()
@@ -69,8 +71,9 @@ def load_imagenet(network: Network) -> None:
             f"pretrained=true: torchvision can't fetch its ImageNet weights ({error}); use pretrained=false"
         ) from None
     theirs.conv1.weight = nn.Parameter(theirs.conv1.weight.sum(1, keepdim=True))  # (64, 3, 7, 7) -> (64, 1, 7, 7)
-    for mine, layer in zip(network.features, list(theirs.children())[:-1]):
-        mine.load_state_dict(layer.state_dict())
+    mine = [layer for layer in network.features if not isinstance(layer, nn.Upsample)]
+    for layer, pretrained in zip(mine, list(theirs.children())[:-1]):
+        layer.load_state_dict(pretrained.state_dict())
 
 
 @torch.no_grad()
@@ -89,6 +92,30 @@ def whiten(network: Network, x: torch.Tensor) -> None:
     filters = (patterns / (variances + 0.01).sqrt()).T.flip(0)[: len(first.weight) // 2].view(-1, 1, size, size)
     first.weight[: 2 * len(filters)] = torch.cat([filters, -filters])
     first.requires_grad_(False)
+
+
+class Normalised(nn.Sequential):
+    """A convolution or a linear layer, and the batch normalisation of what it gives."""
+
+
+def with_batch_norm(network: Network) -> None:
+    """Put batch normalisation after every convolution and hidden linear layer. Ioffe & Szegedy 2015, arXiv 1502.03167."""
+    for name, layer in list(network.features.named_children()):
+        if isinstance(layer, nn.Conv2d):
+            setattr(network.features, name, Normalised(layer, nn.BatchNorm2d(layer.out_channels)))
+        elif isinstance(layer, nn.Linear):
+            setattr(network.features, name, Normalised(layer, nn.BatchNorm1d(layer.out_features)))
+
+
+def folded(network: Network) -> Network:
+    """A copy in evaluation mode, in which what `with_batch_norm` put in has become part of the weights before it: the same
+    logits from the network as `build` makes it. Ding et al. 2021, arXiv 2101.03697, section 3.3."""
+    network = copy.deepcopy(network).eval()
+    for name, layer in list(network.features.named_children()):
+        if isinstance(layer, Normalised):
+            fuse: Callable = fuse_conv_bn_eval if isinstance(layer[0], nn.Conv2d) else fuse_linear_bn_eval
+            setattr(network.features, name, fuse(layer[0], layer[1]))
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:

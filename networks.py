@@ -183,6 +183,13 @@ def resnet18(output_dim: int) -> Network:
     return Network(features, 512, output_dim)
 
 
+def resnet18_56(output_dim: int) -> Network:
+    """resnet18 on images enlarged to 56x56: its first two layers, made for large images, halve them twice."""
+    network = resnet18(output_dim)
+    network.features.insert(0, nn.Upsample(scale_factor=2, mode="bilinear"))  # 28 -> 56
+    return network
+
+
 def fast_cnn(output_dim: int) -> Network:
     """Learns most from one look at each image: batch normalisation and few multiply-adds. 29,178 parameters."""
     features = nn.Sequential(
@@ -206,5 +213,17 @@ def fast_cnn(output_dim: int) -> Network:
 
 NETWORKS: dict[str, Callable[[int], Network]] = {
     network.__name__: network
-    for network in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet14, resnet18, wide_resnet, fast_cnn)
+    for network in (
+        cnn,
+        mlp,
+        deep_cnn,
+        deep_cnn_dropout,
+        compact_cnn,
+        resnet8,
+        resnet14,
+        resnet18,
+        resnet18_56,
+        wide_resnet,
+        fast_cnn,
+    )
 }

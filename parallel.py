@@ -105,7 +105,7 @@ class _Normalise(torch.autograd.Function):
         return of_x + F.batch_norm(x, mean, variance, of_scale, of_mean, eps=ctx.eps), of_weight, of_bias, None
 
 
-class SharedBatchNorm(nn.BatchNorm2d):
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation by the statistics of the whole batch, of which each process has its share.
 
     PyTorch's own SyncBatchNorm needs a GPU.
@@ -115,6 +115,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Any will do: `(N, C)` as well as `(N, C, H, W)`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -131,7 +134,7 @@ def with_shared_statistics(network: nn.Module) -> None:
     """Replace the batch normalisation layers of a network by such as see the whole batch, with the same parameters."""
     for parent in list(network.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.BatchNorm2d:
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum)
                 shared.load_state_dict(layer.state_dict())
                 setattr(parent, name, shared.to(layer.weight.device))

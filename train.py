@@ -122,8 +122,7 @@ def main(arguments: list[str]) -> None:
                 best = lowest(history)
                 is_best = best is history[-1]
                 if is_best:
-                    parameters = {name: tensor.clone() for name, tensor in training.kept.state_dict().items()}
-                    kept = {"kind": "best_model", **training.described(), "parameters": parameters}
+                    kept = {"kind": "best_model", **training.described(), "parameters": training.kept.state_dict()}
                     kept |= {"epoch": line["epoch"], "best": history[-1]}
                 if is_best or not (out / "best_model.pt").exists():  # somebody may have removed it
                     checkpoint.save(out / "best_model.pt", kept)

@@ -15,7 +15,20 @@ import parallel
 from checkpoint import lowest
 from config import Settings, UserError, parse_augment, resolve
 from data_preprocessing import batches, class_names, epoch_order, labels_of, mean_and_std, normalise
-from model import Heads, average_into, build, evaluate, freeze, infer, load_imagenet, train_one_epoch, whiten
+from model import (
+    Heads,
+    average_into,
+    build,
+    evaluate,
+    folded,
+    freeze,
+    infer,
+    load_imagenet,
+    train_one_epoch,
+    whiten,
+    with_batch_norm,
+)
+from networks import Network
 from optimizer import Optimizer, learning_rate
 
 
@@ -120,9 +133,10 @@ class Training:
             load_imagenet(self.network)
         if settings.whiten:
             whiten(self.network, normalise(images[train[:2000]].cpu(), self.mean, self.std))
+        if settings.batch_norm:
+            with_batch_norm(self.network)
         self.network.to(device)
         self.averaged = copy.deepcopy(self.network) if settings.average else None
-        self.kept = self.averaged or self.network  # what is validated and kept
         self.auxiliary = nn.Linear(self.network.classifier.in_features, 10).to(device) if settings.auxiliary else None
         self.heads = parallel.together(Heads(self.network, self.auxiliary), device)
         if parallel.rank():
@@ -132,6 +146,11 @@ class Training:
         self.teacher = Teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
         self.partial: dict | None = None  # of an epoch that was ended in its midst: the order, what is done of it
+
+    @property
+    def kept(self) -> Network:
+        """A copy of what is validated and kept, in evaluation mode."""
+        return folded(self.averaged or self.network)
 
     def train_on(self, indices: Sequence[torch.Tensor], sums: torch.Tensor, step: Callable[[], None]) -> None:
         """`train_one_epoch` on batches of indices."""

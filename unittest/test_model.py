@@ -12,12 +12,14 @@ from model import (
     choose_device,
     choose_precision,
     count_parameters,
+    folded,
     freeze,
     infer,
     layers,
     load_imagenet,
     train_one_epoch,
     whiten,
+    with_batch_norm,
 )
 from networks import NETWORKS
 from optimizer import Optimizer
@@ -31,6 +33,7 @@ PARAMETERS = {
     "resnet8": 77_754,
     "resnet14": 99_418,
     "resnet18": 11_175_370,
+    "resnet18_56": 11_175_370,
     "wide_resnet": 653_178,
     "fast_cnn": 29_178,
 }
@@ -77,6 +80,16 @@ def test_dropout_activation_and_init_reach_every_layer():
     assert torch.allclose(weight @ weight.T, torch.eye(10), atol=1e-5) and not network.classifier.bias.any()
 
 
+def test_folded_batch_normalisation_gives_the_same_logits_from_the_plain_network(train_data):
+    network, x = build("deep_cnn", 10), train_data[0][:256] / 255
+    with_batch_norm(network)
+    for _ in range(3):
+        network.train()(x)  # gathers statistics
+    plain = folded(network)
+    assert plain.state_dict().keys() == build("deep_cnn", 10).state_dict().keys()
+    assert torch.allclose(plain(x), network.eval()(x), atol=1e-4)
+
+
 def test_whitened_patches_have_unit_variance_in_frozen_patterns_and_their_opposites():
     network = build("fast_cnn", 10)
     x = torch.randn(50, 1, 28, 28).cumsum(-1)  # neighbours that resemble each other
@@ -93,16 +106,18 @@ def test_whiten_wants_a_convolution_first():
         whiten(build("mlp", 10), torch.zeros(2, 1, 28, 28))
 
 
-def test_pretrained_filters_say_of_grey_what_they_said_of_rgb(monkeypatch):
+@pytest.mark.parametrize(("name", "scale"), [("resnet18", 1), ("resnet18_56", 2)])
+def test_pretrained_filters_say_of_grey_what_they_said_of_rgb(name, scale, monkeypatch):
     import torchvision
 
     theirs = torchvision.models.resnet18().eval()
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
-    network = build("resnet18", 10).eval()
+    network = build(name, 10).eval()
     load_imagenet(network)
     grey = torch.rand(2, 1, 28, 28)
     theirs.fc = torch.nn.Identity()
-    assert torch.allclose(network.features(grey), theirs(grey.expand(-1, 3, -1, -1)), atol=1e-4)
+    enlarged = torch.nn.functional.interpolate(grey, scale_factor=scale, mode="bilinear")
+    assert torch.allclose(network.features(grey), theirs(enlarged.expand(-1, 3, -1, -1)), atol=1e-4)
 
 
 def test_weights_that_cannot_be_fetched_are_told(monkeypatch):

@@ -15,6 +15,7 @@ import train
 import training
 from augmentation import FUNCTIONS
 from config import ROOT, UserError, run_script
+from model import build, folded, with_batch_norm
 from optimizer import learning_rate
 from stopping import claimed
 
@@ -205,6 +206,15 @@ def test_averaged_weights_are_what_is_validated_and_kept(tmp_path):
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert all(tensor.equal(state["averaged"][name]) for name, tensor in best["parameters"].items())
     assert not same_parameters(best, state)
+
+
+def test_batch_normalisation_has_become_part_of_the_weights_that_are_kept(tmp_path):
+    state = run(tmp_path, "batch_norm=true", "epochs=1")
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    network = build("cnn", 2)
+    with_batch_norm(network)
+    network.load_state_dict(state["parameters"])
+    assert all(tensor.equal(best["parameters"][name]) for name, tensor in folded(network).state_dict().items())
 
 
 @pytest.mark.parametrize(
