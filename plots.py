@@ -335,7 +335,16 @@ def draw_time_to_accuracy(
         taken.append((x - 4, y - 4, x + 4, y + 4))
     for name, (left, bottom, right, top) in zip(recipes, list(taken)):
         width = 4.7 * len(name)
-        for x, y in ((right, top - 2), (right, bottom - 6), (left - width, top - 2), (left - width, bottom - 6)):
+        beside, middle = left - width, (left + right - width) / 2
+        places = (
+            (right, top - 2),
+            (right, bottom - 6),
+            (beside, top - 2),
+            (beside, bottom - 6),
+            (middle, top),
+            (middle, bottom - 8),
+        )
+        for x, y in places:
             if all(x >= b[2] or x + width <= b[0] or y >= b[3] or y + 8 <= b[1] for b in taken):
                 break
         taken.append((x, y, x + width, y + 8))
