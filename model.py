@@ -267,7 +267,7 @@ def train_one_epoch(
     `teach`, if any, maps a batch of augmented images to a teacher's logits, which the network's should resemble (Hinton
     et al. 2015, arXiv 1503.02531, section 2). Each image's latest cross-entropy is written to `image_losses` `(N,)`.
     `step`, called when the gradients are there, moves the parameters and removes the gradients.
-    Raises UserError, before the parameters change, on a loss that is not finite.
+    Raises UserError, before the parameters change, on a loss that is not finite or on one image that can't be normalised.
     """
     heads.train()
     device = images.device
@@ -278,7 +278,12 @@ def train_one_epoch(
         x = normalise(batch, mean, std)
         target = labels[mine]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits, garment_logits = heads(x)
+            try:
+                logits, garment_logits = heads(x)
+            except ValueError:  # of batch normalisation, where one image gives it a single value
+                if len(indices) > 1:
+                    raise
+                raise UserError("a batch of one image can't be normalised; use a larger batch_size or limit") from None
             each = F.cross_entropy(logits, target, reduction="none")
             loss = each.mean()
             if settings.label_smoothing:

@@ -208,6 +208,11 @@ def test_averaged_weights_are_what_is_validated_and_kept(tmp_path):
     assert not same_parameters(best, state)
 
 
+def test_one_image_that_cannot_be_normalised_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="epoch 1: a batch of one image"):
+        run(tmp_path, "architecture=compact_cnn", "batch_norm=true", "batch_size=1")
+
+
 def test_batch_normalisation_has_become_part_of_the_weights_that_are_kept(tmp_path):
     state = run(tmp_path, "batch_norm=true", "epochs=1")
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
