@@ -60,7 +60,7 @@ def test_two_processes_go_through_the_losses_of_one(tmp_path):
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(alone, rel=1e-4)
 
 
-def test_in_double_precision_the_losses_of_task_1_are_the_same(tmp_path):
+def test_in_double_precision_the_losses_are_the_same(tmp_path):
     # in float32, rounding would grow to some per cent in 50 steps
     words = ["double", "batch_size=64", "precision=float32", "device=cpu", "architecture=compact_cnn", "batch_norm=true"]
     running = [torchrun(__file__, str(tmp_path / f"{count}.json"), *words, processes=count) for count in (1, 2)]
