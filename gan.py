@@ -315,6 +315,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
 
     # ---- distance in the classifier's features, and yardsticks -------------------------------------------------------------
     real, other = images[train[:judged]], images[train[judged : 2 * judged]]
+    of_real = features(real)
     random = torch.Generator().manual_seed(0)
     compared = {
         "generated": few,
@@ -322,7 +323,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
         "blurred": augment(real, "blur:1", random),
         "noisy": augment(real, "noise:20", random),
     }
-    scores["frechet_distance"] = {name: frechet_distance(features(of), features(real)) for name, of in compared.items()}
+    scores["frechet_distance"] = {name: frechet_distance(features(of), of_real) for name, of in compared.items()}
 
     # ---- variety ---------------------------------------------------------------------------------------------------------
     scores["variety"] = {}

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import model
+import plots
 import train
 import training
 from augmentation import FUNCTIONS
@@ -20,6 +21,12 @@ from optimizer import learning_rate
 from stopping import claimed
 
 SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """Curves, a fifth of a second each, are drawn by the run that all tests share alone."""
+    monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
 
 
 def run(out, *words):
