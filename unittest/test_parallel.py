@@ -1,5 +1,5 @@
-"""Several processes that train one network. As a script, `torchrun unittest/test_parallel.py LOSSES.json "key=value ..." ...`,
-this file writes the losses of the first 50 steps of trainings; with the word `double` all arithmetic is in float64."""
+"""Several processes that train one network. As a script, this file writes the losses of the first 50 steps of trainings:
+`PYTHONPATH=. torchrun unittest/test_parallel.py LOSSES.json "key=value ..."`; with the word `double` in float64."""
 
 import contextlib
 import itertools
