@@ -239,16 +239,16 @@ def draw_features(
 def draw_reliability(
     counts: Sequence[int], confidences: Sequence[float], accuracies: Sequence[float], error: float, path: Path
 ) -> None:
-    """How often predictions of each confidence are right: bins of equal width, their images, mean confidence and accuracy."""
+    """How often predictions of each confidence are right: bins of equal width, their images, and the mean confidence and
+    accuracy of those of 10 images or more, because fewer say nothing."""
     bins = len(counts)
     middles = (np.arange(bins) + 0.5) / bins
+    known = np.array(counts) >= 10
+    right_share, sureness = np.array(accuracies)[known], np.array(confidences)[known]
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
     right, many = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-    right.bar(middles, accuracies, 0.9 / bins, color=BLUE, label="accuracy")
-    is_used = np.array(counts) > 0
-    right.plot(
-        np.array(confidences)[is_used], np.array(accuracies)[is_used], "o", color=ORANGE, markersize=4, label="mean confidence"
-    )
+    right.bar(middles[known], right_share, 0.9 / bins, color=BLUE, label="accuracy")
+    right.plot(sureness, right_share, "o", color=ORANGE, markersize=4, label="mean confidence")
     right.plot([0, 1], [0, 1], ":", color="0.4", label="as sure as right")
     right.set(ylim=(0, 1), ylabel="accuracy", title=f"Reliability: calibration error {error:.2%}")
     right.yaxis.set_major_formatter(PercentFormatter(1))
@@ -310,7 +310,7 @@ def draw_time_to_accuracy(
 ) -> None:
     """Minutes of training (log scale) and accuracy of each recipe, `ours` in a colour of their own, and the best within so
     many minutes; of ordinary training the same by epoch."""
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*ordinary), "o-", color="0.6", markersize=3, label="ResNet-8 as its authors train it, validation, by epoch")
     minutes, accuracies = np.array(sorted(recipes.values())).T
@@ -328,12 +328,14 @@ def draw_time_to_accuracy(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
+    axes.set_ylim(min(accuracies) - 0.03)  # where the points lie; ordinary training may begin below
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.draw_without_rendering()  # from here on it is known where the points lie
     taken = []  # boxes (left, bottom, right, top) in points
     for x, y in (axes.transData.transform(point) * 72 / figure.dpi for point in recipes.values()):
         taken.append((x - 4, y - 4, x + 4, y + 4))
-    for name, (left, bottom, right, top) in zip(recipes, list(taken)):
+    crowded_first = sorted(zip(recipes, list(taken)), key=lambda named: -named[1][0])  # at the right, the long trainings
+    for name, (left, bottom, right, top) in crowded_first:
         width = 4.7 * len(name)
         beside, middle = left - width, (left + right - width) / 2
         places = (

@@ -15,7 +15,7 @@ from config import ROOT, UserError, run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
-OURS = ("fast", "tiny_short", "tiny_best", "wide_best")
+OURS = ("fast", "tiny_short", "resnet8_alone", "tiny_best", "wide_best")
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
 MARKS = ("<!-- python results.py -->\n", "<!-- end of python results.py -->\n")
 
