@@ -334,8 +334,8 @@ def draw_time_to_accuracy(
     taken = []  # boxes (left, bottom, right, top) in points
     for x, y in (axes.transData.transform(point) * 72 / figure.dpi for point in recipes.values()):
         taken.append((x - 4, y - 4, x + 4, y + 4))
-    crowded_first = sorted(zip(recipes, list(taken)), key=lambda named: -named[1][0])  # at the right, the long trainings
-    for name, (left, bottom, right, top) in crowded_first:
+    from_the_right = sorted(zip(recipes, taken), key=lambda named: named[1], reverse=True)  # the long trainings crowd there
+    for name, (left, bottom, right, top) in from_the_right:
         width = 4.7 * len(name)
         beside, middle = left - width, (left + right - width) / 2
         places = (

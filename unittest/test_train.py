@@ -11,13 +11,13 @@ import torch
 
 import checkpoint
 import model
-import plots
 import train
 import training
 from augmentation import FUNCTIONS
 from config import ROOT, UserError, run_script
 from model import build, folded, with_batch_norm
 from optimizer import learning_rate
+from plots import draw_curves
 from stopping import claimed
 
 SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
@@ -25,8 +25,8 @@ SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_rati
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    """Curves, a fifth of a second each, are drawn by the run that all tests share alone."""
-    monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
+    """Curves, a fifth of a second each, are drawn by the run that all tests share, and where a test asks for them."""
+    monkeypatch.setattr("plots.draw_curves", lambda *_: None)
 
 
 def run(out, *words):
@@ -203,6 +203,8 @@ def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(undisturbe
     assert [line.pop("run") for line in first + second] == [1, 1, 1, 2, 2, 2]
     assert first == without_seconds(undisturbed[0]["history"])
     assert second == without_seconds(run(tmp_path / "alone", "seed=1")["history"])
+    draw_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")["best"]
     assert best["valid_loss"] == min(line["valid_loss"] for line in several["history"])
     assert f"best: run {best['run']}, epoch {best['epoch']}" in capsys.readouterr().out
