@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+import checkpoint
 import plots
 from checkpoint import lowest, read_history
 from config import ROOT, Settings, UserError, load_settings, run_script
@@ -374,7 +375,9 @@ def main(arguments: list[str]) -> None:
             fast(settings, folder, train)
         elif settings.part == "test":
             Path(folder, "ours").mkdir()
-            shutil.copy(settings.out_path / "best_model.pt", f"{folder}/ours")
+            path = settings.out_path / "best_model.pt"
+            checkpoint.load(path, "best_model")  # refuses what is not there, or no such file
+            shutil.copy(path, f"{folder}/ours")
             in_turn(settings.repeats, ["test.py", *train[1:]], ["-c", "import torch"], 0)
         elif settings.part == "memory":
             hold = "import torch; x = torch.ones(70_000, 1, 28, 28, dtype=torch.uint8)"

@@ -12,7 +12,7 @@ from torch import nn
 
 import parallel
 from config import Settings, UserError
-from model import build
+from model import build, folded, with_batch_norm
 from networks import Network
 
 NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
@@ -94,10 +94,13 @@ def check_resumable(contents: dict, settings: Settings, device: torch.device) ->
     if not isinstance(saved, dict) or not isinstance(made_on, dict):
         raise UserError("resume=true: the checkpoint doesn't say how it was made; train without resume")
     saved = {key: field.default for key, field in type(settings).model_fields.items()} | saved  # a setting may be newer
+    may_differ = MAY_DIFFER_ON_RESUME
+    if settings.folds or settings.runs > 1:  # of those that have ended, the file has no network that could go on
+        may_differ = may_differ - {"epochs"}
     differ = [
         f"{key}={value} (was {saved[key]})"
         for key, value in settings.model_dump().items()
-        if key not in MAY_DIFFER_ON_RESUME and value != saved[key]
+        if key not in may_differ and value != saved[key]
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
@@ -109,10 +112,12 @@ def rebuild(contents: dict, path: Path) -> Network:
     """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
     try:
         network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])
+        if contents["kind"] == "checkpoint" and contents["settings"].get("batch_norm"):
+            with_batch_norm(network)
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{path}: names no network that is known here; train again") from None
     fill(network, contents, path)
-    return network
+    return folded(network)
 
 
 def fill(network: nn.Module, contents: dict, path: Path) -> None:

@@ -53,8 +53,13 @@ class UserError(Exception):
 
 
 def resolve(path: str) -> Path:
-    """The path that a setting names; a relative one starts at the repository's root, not at the current folder."""
-    return ROOT / Path(path).expanduser()
+    """The path that a setting names; a relative one starts at the repository's root, not at the current folder.
+
+    Raises UserError for ~NAME if there is no such user."""
+    try:
+        return ROOT / Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no user {path.partition('/')[0]}; write the folder in full") from None
 
 
 class Settings(BaseModel):
@@ -183,6 +188,10 @@ class Settings(BaseModel):
     def _consistent(self) -> "Settings":
         if self.folds and self.runs > 1:
             raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
+        several = f"folds={self.folds}" if self.folds else f"runs={self.runs}" if self.runs > 1 else ""
+        if several and (self.teacher or "gan" in parse_augment(self.augment)):
+            what = f"teacher={self.teacher}" if self.teacher else f"augment={self.augment}"
+            raise ValueError(f"{what}: has learnt from images that other splits validate on; leave {several} out")
         if self.pretrained and not self.architecture.startswith("resnet18"):
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
         if self.batch_norm and self.architecture not in ("cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn"):

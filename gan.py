@@ -14,6 +14,7 @@ import difflib
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ DISCRIMINATORS_LR = 2  # times the generator's: two time scales, Heusel et al. 2
 
 class GanSettings(Settings):
     UNREAD = frozenset(
-        "architecture pretrained dropout activation init whiten output_dim scaling folds runs label_smoothing teacher "
-        "teacher_share temperature augment gan_share gan_fresh generator first_share hard_share patience".split()
+        "architecture pretrained dropout activation init whiten batch_norm output_dim scaling folds runs label_smoothing "
+        "teacher teacher_share temperature augment gan_share gan_fresh generator first_share hard_share patience".split()
     )
     resume: bool = Field(False, description="train: go on from out_dir/checkpoint.pt")
     passes: int = Field(1, ge=1, le=10_000, description="train: how often an epoch goes over all images")
@@ -185,6 +186,12 @@ class GanTraining:
             self.partial = {**saved["partial"], **{key: saved["partial"][key].to(device) for key in ("order", "sums")}}
 
 
+def animate(frames: list[torch.Tensor], out: Path) -> None:
+    import plots  # here, because matplotlib takes half a second to import
+
+    plots.animate_grids([frame.numpy() for frame in frames], len(GARMENTS), out / "plots" / "training.gif")
+
+
 def train(settings: GanSettings, arguments: list[str]) -> None:
     out = settings.out_path
     device = choose_device(settings.device)
@@ -195,6 +202,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
     if saved:
         checkpoint.check_resumable(saved, settings, device)
         if len(history) >= settings.epochs:
+            animate(saved["frames"], out)  # a kill may have come before it
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(history)}; there is nothing to resume")
             return
     print("settings:", settings)
@@ -230,15 +238,16 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
                 raise
             history.append(line)
             save("generator.pt", "generator", {"parameters": training.averaged.state_dict()})
-            save("checkpoint.pt", "gan_checkpoint", {**training.state_dict(), "history": history})
             checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
             plots.draw_grid(training.frames[-1].numpy(), GARMENTS, f"epoch {line['epoch']}", out / "plots" / "samples.png")
+            # last, so that a kill before it costs an epoch, which is trained again, and nothing else
+            save("checkpoint.pt", "gan_checkpoint", {**training.state_dict(), "history": history})
             print(
                 f"epoch {line['epoch']:3d}  loss of the discriminator {line['discriminator_loss']:.4f}, "
                 f"of the generator {line['generator_loss']:.4f}  {line['seconds']:.1f} s",
                 flush=True,
             )
-    plots.animate_grids([frame.numpy() for frame in training.frames], len(GARMENTS), out / "plots" / "training.gif")
+    animate(training.frames, out)
     print(f"wrote {out / 'generator.pt'}, {out / 'plots' / 'training.gif'}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps
 
 import checkpoint
 from config import ROOT, UserError
@@ -54,7 +54,7 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: has too many pixels; save it smaller") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, UnidentifiedImageError):
+    except Exception:  # Pillow's readers raise a dozen types for files that are damaged, foreign or of a rare kind
         raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
 
 

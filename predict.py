@@ -4,6 +4,7 @@
 image is taken. Prints the prediction and draws plots/prediction.png in out_dir.
 """
 
+import os
 import random
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _report(
 
 def main(arguments: list[str]) -> None:
     words = [word for word in arguments if "=" in word.partition("/")[0] or word in HELP]
-    paths = [path if (path := Path(word)).exists() else ROOT / word for word in arguments if word not in words]
+    paths = [Path(word) if os.path.exists(word) else ROOT / word for word in arguments if word not in words]
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")

@@ -25,6 +25,9 @@ def gathered(recipe: str, root: Path = ROOT) -> tuple[list[dict], list[list[dict
     folder = root / "runs" / recipe
     folders = [path.parent for path in sorted([*folder.glob("scores.json"), *folder.glob("seed_*/scores.json")])]
     scores = [json.loads((path / "scores.json").read_text()) for path in folders]
+    for path, score in zip(folders, scores):
+        if score["tta"] != "none":
+            raise UserError(f"{path / 'scores.json'}: was made with tta={score['tta']}; run test.py there without it")
     return scores, [read_history(path / "history.jsonl")[1] for path in folders]
 
 

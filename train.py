@@ -45,6 +45,13 @@ def print_summary(network: nn.Module) -> None:
     print(f"{'in all, per image':62} {count_parameters(network):12,} {multiply_adds:14,}")
 
 
+def draw_curves(out: Path) -> None:
+    if parallel.rank() == 0:
+        import plots  # here, because matplotlib takes half a second to import
+
+        plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
+
+
 def print_runs(kept: list[dict], name: str) -> None:
     """A row for each run's kept epoch, mean and standard deviation below."""
     print(f"{name:6} epoch  validation loss  accuracy")
@@ -69,6 +76,8 @@ def main(arguments: list[str]) -> None:
     if saved:
         check_resumable(saved, settings, device)
         if is_over(epochs_of(history, runs), settings):
+            checkpoint.write_history(out / "history.jsonl", saved["settings"], history)  # somebody may have removed it
+            draw_curves(out)  # a kill may have come before it
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
     kept = checkpoint.load(out / "best_model.pt", "best_model") if history else {}  # the best so far
@@ -126,8 +135,9 @@ def main(arguments: list[str]) -> None:
                     kept |= {"epoch": line["epoch"], "best": history[-1]}
                 if is_best or not (out / "best_model.pt").exists():  # somebody may have removed it
                     checkpoint.save(out / "best_model.pt", kept)
-                save_checkpoint(out, training, run, history)
                 checkpoint.write_history(out / "history.jsonl", settings.model_dump(), history)
+                # last, so that a kill before it costs an epoch, which is trained again, and nothing else
+                save_checkpoint(out, training, run, history)
                 print(
                     f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
                     f"valid loss {line['valid_loss']:.5f} accuracy {line['valid_accuracy']:.3%}  {line['seconds']:.1f} s"
@@ -138,10 +148,7 @@ def main(arguments: list[str]) -> None:
                 print(f"stopped early: {settings.patience} epochs without a lower validation loss")
 
     # ---- report -------------------------------------------------------------------------------------------------------
-    if parallel.rank() == 0:
-        import plots  # here, because matplotlib takes half a second to import
-
-        plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
+    draw_curves(out)
     if runs > 1:
         print_runs([lowest(epochs_of(history, run)) for run in range(1, runs + 1)], "fold" if settings.folds else "run")
     best = lowest(history)

@@ -1,6 +1,7 @@
 """A training on its way: its data, its network, its teacher, an epoch; scripts go through the epochs."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,9 +61,10 @@ class Teacher:
         path = resolve(settings.teacher)
         saved = checkpoint.load(path, "best_model")
         check_same_split(path, saved["settings"], settings, seed)
-        if saved["output_dim"] != settings.output_dim:
+        names = class_names(settings.output_dim)
+        if tuple(saved["class_names"]) != names:
             raise UserError(
-                f"{path}: tells {saved['output_dim']} classes apart, not {settings.output_dim}; name another teacher"
+                f"{path}: tells the classes {', '.join(saved['class_names'])}, not {', '.join(names)}; name another teacher"
             )
         self.network = freeze(checkpoint.rebuild(saved, path)).to(device)
         self.mean, self.std = saved["mean"], saved["std"]
@@ -224,6 +226,8 @@ class Training:
             self.image_losses[unseen] = losses.to(self.image_losses.device)
         logits = self.infer(self.kept, self.valid_images)
         valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
+        if not math.isfinite(valid_loss):
+            raise UserError(f"epoch {epoch}: the validation loss is {valid_loss}; a smaller lr may help")
         self.partial = None
         seen, losses, correct = sums.tolist()
         return {

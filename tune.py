@@ -73,7 +73,6 @@ def open_study(url: str, settings: TuneSettings) -> optuna.Study:
                 storage=storage,
                 study_name=settings.recipe or "task 1",
                 load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(seed=settings.seed, constant_liar=True),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
             )
         except Exception as error:  # whatever a database's driver raises
@@ -102,6 +101,8 @@ def main(arguments: list[str]) -> None:
     train = train[: settings.limit or None].to(device)
 
     def objective(trial: optuna.Trial) -> float:
+        # random numbers of the trial's own, so that neither another worker nor another call draws the same settings again
+        study.sampler = optuna.samplers.TPESampler(seed=settings.seed + trial.number, constant_liar=True)
         chosen = draw(trial, fixed)
         trial.set_user_attr("settings", json.dumps(chosen))
         trial.set_user_attr("worker", f"{platform.node()} {os.getpid()}")
@@ -125,7 +126,10 @@ def main(arguments: list[str]) -> None:
         value = "given up" if trial.state.name != "COMPLETE" else f"validation loss {trial.value:.5f}"
         print(f"trial {trial.number}: {value}, {trial.user_attrs.get('settings')}", flush=True)
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: can't be made ({error.strerror}); choose another out_dir") from None
     url = settings.storage or f"sqlite:///{out / 'tune.db'}"
     study = open_study(url, settings)
     theirs = study.user_attrs.get("words", same)
@@ -141,9 +145,10 @@ def main(arguments: list[str]) -> None:
         study.optimize(objective, callbacks=[tell, enough])
 
     # ---- report -------------------------------------------------------------------------------------------------------
-    ended = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    completed = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    ended = [trial for trial in completed if trial.value is not None and math.isfinite(trial.value)]
     if not ended:
-        raise UserError(f"{url}: no trial has ended yet; raise trials={settings.trials}")
+        raise UserError(f"{url}: no trial has ended with a finite loss yet; raise trials={settings.trials}")
     found = json.loads(study.best_trial.user_attrs["settings"])
     best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())], Settings).model_dump()
     task_1 = load_settings([], Settings).model_dump()

@@ -17,9 +17,10 @@ from photo import read_photographs, turned_left
 SHOES_DIR = ROOT / "transfer" / "shoes"  # its indices.json lists the images; the folders are written from the data set
 
 
-def write_shoes(data_path: Path) -> None:
-    """transfer/shoes/{train,test,pool,extended}/{flats,heels}/INDEX.png, those that are missing, from the verified data."""
-    parts = {name: part for name, part in json.loads((SHOES_DIR / "indices.json").read_text()).items() if name != "source"}
+def write_shoes(names: Sequence[str], data_path: Path) -> None:
+    """transfer/shoes/PART/{flats,heels}/INDEX.png of the named parts, those that are missing, from the verified data."""
+    indices = json.loads((SHOES_DIR / "indices.json").read_text())
+    parts = {name: indices[name] for name in names}
     wanted = [
         (SHOES_DIR / name / label / f"{index:05}.png", part["split"], index)
         for name, part in parts.items()

@@ -5,6 +5,7 @@ images in FOLDER/train/CLASS, tests it on FOLDER/test/CLASS, and writes best_mod
 out_dir. `episodes=N` repeats that with N random draws of K images a class, because one draw means little.
 """
 
+import copy
 import statistics
 import sys
 import time
@@ -110,15 +111,17 @@ def main(arguments: list[str]) -> None:
     out = settings.out_path
     path = resolve(settings.task1)
     saved = checkpoint.load(path, "checkpoint")
-    network = checkpoint.rebuild(saved, path).to(choose_device(settings.device))
+    network = checkpoint.rebuild(saved, path)
+    before = copy.deepcopy(network.state_dict())
+    network.to(choose_device(settings.device))
     freeze(network.features)
 
     # ---- images -------------------------------------------------------------------------------------------------------
-    if not settings.shoes_dir:
-        write_shoes(settings.data_path)
-    folder = resolve(settings.shoes_dir) if settings.shoes_dir else SHOES_DIR
     choosing = settings.query == "pool"  # settings: the test images are not even read
     wanted = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
+    if not settings.shoes_dir:
+        write_shoes(wanted, settings.data_path)
+    folder = resolve(settings.shoes_dir) if settings.shoes_dir else SHOES_DIR
     parts = read_parts(folder, wanted, are_photographs=bool(settings.shoes_dir))
     classes = parts["train"].classes
     shots = settings.shots or min(parts["train"].counts)
@@ -130,6 +133,8 @@ def main(arguments: list[str]) -> None:
         fewest, label = min(zip(parts[name].counts, classes))
         if fewest < shots:
             raise UserError(f"shots={shots}: {folder / name / label} has only {fewest} images; add some or lower shots")
+    if choosing and max(parts[pool].counts) == shots:
+        raise UserError(f"shots={shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
     images, garments = load_images("train", settings.data_path)
     same_garment = torch.nonzero(garments == GARMENTS.index(settings.unlabelled)).squeeze(1)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -149,9 +154,10 @@ def main(arguments: list[str]) -> None:
         for method, learner in learners.items():
             layers = learner.layers(embedded[method][picks])
             rows[method][k] = accuracies(queries[method], labels, layers, picks if choosing else None)
-    print(f"{settings.episodes} x {shots} images of each class; accuracy on {len(labels)} images")
+    tested = len(labels) - (len(classes) * shots if choosing else 0)  # images of an episode
+    print(f"{settings.episodes} x {shots} images of each class; accuracy on {tested} images")
     print(f"{'':22}    mean    std     min      max   95 % interval")
-    report = {method: summarise(by_shots[shots], len(labels)) for method, by_shots in rows.items()}
+    report = {method: summarise(by_shots[shots], tested) for method, by_shots in rows.items()}
     for method, row in report.items():
         low, high = row["ci95"]
         print(f"{method:22} {row['mean']:7.2%} {row['std']:6.2%} {row['min']:7.2%} {row['max']:8.2%}   {low:.2%} to {high:.2%}")
@@ -166,7 +172,7 @@ def main(arguments: list[str]) -> None:
     network = network.cpu()
     network.classifier = nn.Linear(weights.shape[2], len(classes))
     network.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
-    check_frozen(network, saved["parameters"])
+    check_frozen(network, before)
     checkpoint.save(
         out / "best_model.pt",
         {

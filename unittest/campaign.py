@@ -7,7 +7,7 @@
     checkpoints  malicious, damaged and foreign .pt files wherever one is read: refused, and nothing run?
     settings     generated command lines: settings or one line?
     images       mutated image files: an image or one line, within time and memory?
-    bits         every recipe in two fresh processes, with one thread and with two: the same bits?
+    bits         every recipe, on few images, in two fresh processes, with one thread and with two: the same bits?
 
 Prints a row per kind of trial: how many were tried, survived, lost; exit code 1 if any was lost. Linux only: it forks.
 """
@@ -100,9 +100,12 @@ def saved_bits(out: Path) -> tuple:
     """All that must be the same: parameters, best parameters, history but for the seconds."""
     state = checkpoint.load(out / "checkpoint.pt", "checkpoint")
     best = checkpoint.load(out / "best_model.pt", "best_model")
-    history = [{key: value for key, value in line.items() if key != "seconds"} for line in state["history"]]
+    histories = [
+        [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+        for history in (state["history"], checkpoint.read_history(out / "history.jsonl")[1])
+    ]
     parameters = [tensor.numpy().tobytes() for part in (state, best) for tensor in part["parameters"].values()]
-    return parameters, history, best["epoch"], best["best"]["epoch"]
+    return parameters, histories, best["epoch"], best["best"]["epoch"]
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -394,10 +397,12 @@ def images(folder: Path) -> None:
     for name in ("bomb.png", "large.png"):
         words = [str(folder / name), f"out_dir={folder}"]
         code = (
-            f"import predict\ntry: predict.main({words!r})\nexcept BaseException: pass\nprint(open('/proc/self/status').read())"
+            f"import config, predict\ntry: predict.main({words!r})\nexcept config.UserError: pass\n"
+            "print(open('/proc/self/status').read())"
         )
-        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
-        peaks.append(int(told.partition("VmHWM:")[2].split()[0]) < 1024**2)  # KB
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        peak = told.stdout.partition("VmHWM:")[2].split()  # KB; nothing after a traceback
+        peaks.append(told.returncode == 0 and int(peak[0]) < 1024**2)
     report("images of very many pixels, within 1 GB", peaks)
 
 
@@ -408,7 +413,7 @@ def bits(folder: Path) -> None:
             found = []
             for again in ("a", "b"):
                 out = folder / f"{recipe} {threads} {again}"
-                words = [f"recipe={recipe}", "limit=600", "epochs=1", "valid_ratio=0.02", "runs=1", f"out_dir={out}"]
+                words = [f"recipe={recipe}", "limit=600", "epochs=2", "valid_ratio=0.02", "runs=1", f"out_dir={out}"]
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 command = [sys.executable, str(ROOT / "train.py"), *words]
                 subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 from config import UserError
+from model import build, with_batch_norm
 
 
 @pytest.fixture
@@ -22,6 +23,15 @@ def test_a_network_survives_the_round_trip(contents, tmp_path):
     assert not network.training
     assert all(tensor.equal(contents["parameters"][name]) for name, tensor in network.state_dict().items())
     assert [file.name for file in path.parent.iterdir()] == ["best_model.pt"]
+
+
+def test_a_network_that_trains_with_batch_normalisation_is_rebuilt_without_it(contents, tmp_path):
+    network = build("cnn", 2)
+    with_batch_norm(network)
+    saved = {**contents, "kind": "checkpoint", "settings": {"batch_norm": True}, "parameters": network.state_dict()}
+    x = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(checkpoint.rebuild(saved, tmp_path)(x), network.eval()(x))
+    assert checkpoint.rebuild(saved, tmp_path).state_dict().keys() == contents["parameters"].keys()
 
 
 class Malicious:

@@ -31,6 +31,11 @@ def test_out_dir_is_the_root_for_task_1_and_runs_name_for_a_recipe(root):
     assert load_settings(["out_dir=here"], Settings).out_path == root / "here"
 
 
+def test_the_home_of_nobody_is_refused_in_a_line():
+    with pytest.raises(UserError, match="~nosuch/x: there is no user ~nosuch"):
+        config.resolve("~nosuch/x")
+
+
 def test_the_value_is_all_after_the_first_equals_sign(root):
     assert load_settings(["data_dir=a=b"], Settings).data_dir == "a=b"
 

@@ -146,6 +146,11 @@ def test_predict_takes_a_test_image_by_its_number(out, stand_in, train_data, cap
     assert "test image 7: predicted" in (shown := capsys.readouterr().out) and f"true {truth}" in shown
 
 
+def test_a_file_name_that_no_system_takes_is_refused_in_a_line(out):
+    with pytest.raises(UserError, match="is no readable image"):
+        predict.main([f"out_dir={out}", "x" * 300 + ".png"])
+
+
 def test_index_and_image_files_together_are_refused(out):
     with pytest.raises(UserError, match="not both"):
         predict.main([f"out_dir={out}", "index=7", "photo.png"])

@@ -14,7 +14,8 @@ import model
 import train
 import training
 from augmentation import FUNCTIONS
-from config import ROOT, UserError, run_script
+from config import ROOT, Settings, UserError, run_script
+from data_preprocessing import labels_of, split_indices
 from model import build, folded, with_batch_norm
 from optimizer import learning_rate
 from plots import draw_curves
@@ -74,7 +75,8 @@ def same_runs(one, other):
     states = [checkpoint.load(out / "checkpoint.pt", "checkpoint") for out in (one, other)]
     bests = [checkpoint.load(out / "best_model.pt", "best_model") for out in (one, other)]
     histories = [without_seconds(state["history"]) for state in states]
-    return same_parameters(*states) and same_parameters(*bests) and histories[0] == histories[1]
+    histories += [without_seconds(checkpoint.read_history(out / "history.jsonl")[1]) for out in (one, other)]
+    return same_parameters(*states) and same_parameters(*bests) and all(history == histories[0] for history in histories)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,17 +151,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path, mo
     assert (tmp_path / "best_model.pt").read_bytes() == before
 
 
+def test_a_validation_loss_that_is_not_finite_is_not_taken_for_the_lowest(tmp_path):
+    with pytest.raises(UserError, match="epoch 1: the validation loss is nan"):
+        run(tmp_path, "lr=1e30", "batch_size=600", "epochs=1", "hard_share=1", "first_share=1")
+    assert not (tmp_path / "best_model.pt").exists()
+
+
 def test_a_run_of_another_kind_of_device_is_not_resumed(undisturbed, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", {**undisturbed[0], "machine": {"device": "another"}})
     with pytest.raises(UserError, match="began on another"):
         run(tmp_path, "epochs=4", "resume=true")
 
 
-def test_a_finished_run_is_not_resumed(undisturbed, capsys):
-    before = (undisturbed[1] / "checkpoint.pt").read_bytes()
-    run(undisturbed[1], "resume=true")
+def test_a_finished_run_is_not_resumed_but_its_history_is_written_if_it_is_missing(undisturbed, tmp_path, capsys):
+    for name in ("checkpoint.pt", "best_model.pt"):
+        shutil.copyfile(undisturbed[1] / name, tmp_path / name)
+    run(tmp_path, "resume=true")
     assert "nothing to resume" in capsys.readouterr().out
-    assert (undisturbed[1] / "checkpoint.pt").read_bytes() == before
+    for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
+        assert (tmp_path / name).read_bytes() == (undisturbed[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("several", ["runs=2", "folds=2"])
+def test_several_runs_do_not_go_on_for_more_epochs(several, tmp_path):
+    run(tmp_path, several, "epochs=1")
+    with pytest.raises(UserError, match=r"other settings: epochs=2 \(was 1\)"):
+        run(tmp_path, several, "epochs=2", "resume=true")
 
 
 def test_resuming_under_other_settings_is_refused_by_name(undisturbed):
@@ -191,10 +208,16 @@ def test_a_run_writes_its_settings_and_a_line_per_epoch(undisturbed):
     assert (undisturbed[1] / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_model_has_the_lowest_validation_loss(undisturbed):
-    best = checkpoint.load(undisturbed[1] / "best_model.pt", "best_model")
-    lowest = min(undisturbed[0]["history"], key=lambda line: line["valid_loss"])
-    assert best["epoch"] == lowest["epoch"] == undisturbed[0]["best"]["epoch"]
+def test_best_model_is_the_network_of_the_lowest_validation_loss_not_of_the_last_epoch(tmp_path, train_data):
+    words = ("epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none", "precision=float32")
+    ended = run(tmp_path, *words)
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    losses = [line["valid_loss"] for line in ended["history"]]
+    assert best["epoch"] == ended["best"]["epoch"] == losses.index(min(losses)) + 1 < len(losses)
+    images, garments = train_data
+    _, valid = split_indices(garments, 0.02, 0)
+    logits = model.infer(checkpoint.rebuild(best, tmp_path), images[valid], best["mean"], best["std"])
+    assert model.evaluate(logits, labels_of(garments[valid], 2)) == (min(losses), best["best"]["valid_accuracy"])
 
 
 def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(undisturbed, tmp_path, capsys):
@@ -231,39 +254,48 @@ def test_batch_normalisation_has_become_part_of_the_weights_that_are_kept(tmp_pa
     assert all(tensor.equal(best["parameters"][name]) for name, tensor in folded(network).state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "seed=1",
-        "limit=500",
-        "valid_ratio=0.03",
-        "batch_size=32",
-        "epochs=2",
-        "lr=0.01",
-        "optimizer=sgd",
-        "optimizer=adamw weight_decay=0.1",
-        "weight_decay=0.01",
-        "schedule=none",
-        "schedule=cosine",
-        "warmup=0.5",
-        "augment=",
-        "auxiliary=0",
-        "hard_share=0.4",
-        "first_share=0.7",
-        "precision=float32 precision=bfloat16",
-        "output_dim=10",
-        "scaling=symmetric",
-        "dropout=0.3",
-        "activation=gelu",
-        "init=he",
-        "whiten=true",
-        "label_smoothing=0.1",
-        "epochs=1 folds=2",
-        *(f"augment= augment={name}" for name in FUNCTIONS),
-    ],
-)
+SETTINGS = [  # each beside what it matters with
+    "seed=1",
+    "limit=500",
+    "valid_ratio=0.03",
+    "batch_size=32",
+    "epochs=2",
+    "lr=0.01",
+    "optimizer=sgd",
+    "optimizer=adamw weight_decay=0.1",
+    "weight_decay=0.01",
+    "schedule=none",
+    "schedule=cosine",
+    "warmup=0.5",
+    "augment=",
+    "auxiliary=0",
+    "hard_share=0.4",
+    "first_share=0.7",
+    "precision=float32 precision=bfloat16",
+    "output_dim=10",
+    "scaling=symmetric",
+    "dropout=0.3",
+    "activation=gelu",
+    "init=he",
+    "whiten=true",
+    "label_smoothing=0.1",
+    "epochs=1 folds=2",
+    *(f"augment= augment={name}" for name in FUNCTIONS),
+]
+ELSEWHERE = {  # what they change is said by tests of their own
+    *("recipe", "data_dir", "out_dir", "device", "architecture", "pretrained", "batch_norm", "runs", "patience", "average"),
+    *("teacher", "teacher_share", "temperature", "gan_share", "gan_fresh", "generator"),
+}
+
+
+def test_every_setting_is_tried():
+    tried = {word.split()[-1].partition("=")[0] for word in SETTINGS}
+    assert tried | ELSEWHERE == set(Settings.model_fields) and not tried & ELSEWHERE
+
+
+@pytest.mark.parametrize("word", SETTINGS)
 def test_every_setting_changes_something(word, undisturbed, tmp_path):
-    *beside, word = word.split()  # beside what it matters
+    *beside, word = word.split()
     one = run(tmp_path / "one", *beside) if beside else undisturbed[0]
     other = run(tmp_path / "other", *beside, word)
     shared = [name for name in other["parameters"] if name.startswith("features.")]
@@ -290,7 +322,10 @@ def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_cla
     for word, told in (
         ("seed=1", "validation images"),
         ("valid_ratio=0.05", "validation images"),
-        ("output_dim=10", "classes"),
+        ("output_dim=10", "tells the classes clothes, shoe, not T-shirt/top"),
+        (f"teacher={ROOT / 'transfer' / 'best_model.pt'}", "tells the classes flats, heels, not clothes, shoe"),
+        ("runs=2", "leave runs=2 out"),
+        ("folds=2", "leave folds=2 out"),
     ):
         with pytest.raises(UserError, match=told):
             run(tmp_path, teacher, word)

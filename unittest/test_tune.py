@@ -31,6 +31,13 @@ def test_a_search_goes_on_until_it_has_its_trials_and_writes_a_recipe(tmp_path, 
     assert (recipe["batch_size"], recipe["epochs"], recipe["architecture"]) == (64, 2, "fast_cnn")
     assert Settings(**recipe).lr == recipe["lr"] and not {"recipe", "limit", "out_dir"} & recipe.keys()
     assert (tmp_path / "plots" / "search.png").exists()
+    trials = tune.open_study(f"sqlite:///{tmp_path / 'tune.db'}", tune.TuneSettings(recipe="fast")).get_trials()
+    assert len({str(trial.params) for trial in trials}) == 5  # none is drawn again
+
+
+def test_a_search_without_a_finite_loss_ends_in_a_line(tmp_path):
+    with pytest.raises(UserError, match="no trial has ended with a finite loss"):
+        tune.main([*SHORT, "lr=1e30", "batch_size=285", "trials=2", f"out_dir={tmp_path}"])
 
 
 def test_settings_given_on_the_command_line_are_not_searched():
