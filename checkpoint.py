@@ -165,10 +165,11 @@ def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:
 def set_random_states(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
     """Go on from what `random_states` gave."""
     generator.set_state(states["generator"])
-    row = parallel.rank() % len(states["torch"])  # there may be more processes than before
-    torch.set_rng_state(states["torch"][row].clone())
-    if generator.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"][row].clone())
+    row = parallel.rank()
+    if row < len(states["torch"]):  # there may be more processes than before: those keep the state that they have
+        torch.set_rng_state(states["torch"][row].clone())
+        if generator.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"][row].clone())
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of mirroring left to right"),
     "vflip": (0.5, 1, "probability of mirroring top to bottom"),
     "rotate": (10, 180, "degrees, at most, either way"),
-    "shift": (2, 14, "pixels, at most, in each direction"),
+    "shift": (2, 14, "whole pixels, at most, in each direction"),
     "crop": (0.2, 0.9, "share of the side cut away, at most; the rest is enlarged"),
     "noise": (10, 255, "standard deviation, in grey levels"),
     "blur": (1, 5, "pixels, standard deviation of the strongest"),
@@ -150,7 +150,7 @@ class Settings(BaseModel):
         description="list of name or name:strength, e.g. hflip:0.5,shift:2; "
         + "; ".join(f"{name}: {unit}, 0 to {top}, default {default}" for name, (default, top, unit) in AUGMENTATIONS.items()),
     )
-    gan_share: float = Field(0.3, ge=0, lt=1, description="augment=gan: share of the images in an epoch that are generated")
+    gan_share: float = Field(0.3, ge=0, lt=1, description="augment=gan: share of the images to choose from that is generated")
     gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
     generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
     auxiliary: float = Field(
@@ -226,6 +226,8 @@ def parse_augment(text: str) -> dict[str, float]:
             raise ValueError(f"the strength of {name} is {strength!r}, which is no number") from None
         if not 0 <= strengths[name] <= top:
             raise ValueError(f"the strength of {name} is {strength}; allowed: 0 to {top}")
+        if name == "shift" and not strengths[name].is_integer():
+            raise ValueError(f"the strength of shift is {strength}; it moves whole pixels")
     return strengths
 
 

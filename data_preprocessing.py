@@ -234,14 +234,15 @@ def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, fl
 
 
 def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """uint8 `(N, 1, 28, 28)` -> float32 with mean 0 and standard deviation 1 over the training set, channels last."""
+    """uint8 `(N, 1, 28, 28)` -> float32, channels last: pixels in 0..1, less `mean`, divided by `std`."""
     pixels = images.float().mul_(1 / (255 * std)).sub_(mean / std)
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def epoch_order(train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """`count` of the indices `train`, shuffled: half of them those whose last known loss, in `image_losses`, is highest,
-    the other half drawn at random from the rest; simply all of them if `count` is their number.
+    the other half drawn at random from the rest; simply all of them if `count` is their number. An image that has not been
+    seen, as `batches` may leave out some, has an infinite loss.
 
     After one pass almost every image is classified with certainty and has next to no gradient; a batch of such images
     is wasted. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.

@@ -10,7 +10,7 @@ import torch
 
 import plots
 from augmentation import augment
-from config import Settings, load_settings, run_script
+from config import Settings, load_settings, parse_augment, run_script
 from data_preprocessing import GARMENTS, class_names, labels_of, load_images, split_indices
 from metrics import nearest
 from model import keep_freed_memory
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> None:
     grid = torch.stack(versions, 1).flatten(0, 2)  # (10, EACH, 1, 28, 28) -> (10 * EACH, 28, 28)
     titles = ["as it is" if place == 0 else "" for _ in shown for place in range(EACH)]
     heading = f"What training sees: augment={settings.augment or '(none)'}"
+    heading += ", without the generated images" if "gan" in parse_augment(settings.augment) else ""
     plots.draw_sheet(grid.numpy(), titles, EACH, heading, folder / "augmented.png")
 
     # ---- duplicates ------------------------------------------------------------------------------------------------------

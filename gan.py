@@ -307,6 +307,8 @@ def score(settings: GanSettings, _: list[str]) -> None:
     train, valid = split_indices(garments, theirs["valid_ratio"], theirs["seed"])
     train = train[: settings.limit or None]
     judged = min(JUDGED_SAMPLES, len(train) // 2)
+    if garments[train[:judged]].bincount(minlength=CLASSES).min() < 2:
+        raise UserError(f"limit={settings.limit}: leaves fewer than two images of some class to compare with; raise it")
     labels = torch.arange(len(train)) % CLASSES
     made = draw(generator, labels, settings.seed, settings.spread).cpu()
     scores: dict = {"n": judged, "classifier": settings.classifier}

@@ -267,11 +267,16 @@ def train_one_epoch(
     `teach`, if any, maps a batch of augmented images to a teacher's logits, which the network's should resemble (Hinton
     et al. 2015, arXiv 1503.02531, section 2). Each image's latest cross-entropy is written to `image_losses` `(N,)`.
     `step`, called when the gradients are there, moves the parameters and removes the gradients.
-    Raises UserError, before the parameters change, on a loss that is not finite or on one image that can't be normalised.
+    Raises UserError, before the parameters change, on a loss that is not finite, on one image that can't be normalised or
+    on fewer images than processes.
     """
     heads.train()
     device = images.device
     for number, indices in enumerate(batches, 1):
+        if len(indices) < parallel.count():
+            raise UserError(
+                f"{parallel.count()} processes can't share a batch of {len(indices)}; use a larger batch_size or limit"
+            )
         # augmented before it is shared out, so that the random numbers are the same for any number of processes
         batch = parallel.share(augment(images[indices], settings.augment, generator))
         mine = parallel.share(indices)
@@ -283,7 +288,7 @@ def train_one_epoch(
             except ValueError:  # of batch normalisation, where one image gives it a single value
                 if len(indices) > 1:
                     raise
-                raise UserError("a batch of one image can't be normalised; use a larger batch_size or limit") from None
+                raise UserError("a batch of one image can't be normalised; use a larger batch_size") from None
             each = F.cross_entropy(logits, target, reduction="none")
             loss = each.mean()
             if settings.label_smoothing:

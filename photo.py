@@ -15,6 +15,7 @@ from model import infer
 
 MOST_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
 SMALLEST_SIDE = 8  # pixels
+FAINTEST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
 
 
@@ -72,7 +73,7 @@ def _upright_rgb(path: Path) -> Image.Image:
             image = image.reduce(smaller)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -87,12 +88,13 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     Their steps (arXiv 1708.07747, figure 1): trim the edges that have the corners' colour, resize the longest edge to
     28, sharpen, extend the shortest edge to 28, negate, grey. Ours differ where a photograph differs from their
     catalogue pictures: the background's colour and noise are measured along the whole border; resizing averages
-    instead of skipping pixels; the background becomes exactly black; a bright object on a dark background is not
+    instead of skipping pixels; the background becomes exactly black; an object brighter than the background is not
     negated. An image that is 28x28 on black already is returned unchanged. Raises UserError if no object stands out.
     """
+    nothing = UserError(f"{name}: nothing stands out from the background; photograph the object on a plain, contrasting one")
     if image.size == (28, 28):
         grey = np.asarray(image.convert("L"))
-        if np.median(_border(grey)) < 8:
+        if np.median(_border(grey)) < 8 and grey.max() >= FAINTEST:
             return grey
     image = image.copy()
     image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
@@ -105,17 +107,21 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     rows = np.flatnonzero(stands_out.mean(1) > 0.01)  # one pixel in a hundred: specks don't count
     columns = np.flatnonzero(stands_out.mean(0) > 0.01)
     if not len(rows) or not len(columns):
-        raise UserError(f"{name}: nothing stands out from the background; photograph the object on a plain, contrasting one")
+        raise nothing
     image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     scale = 28 / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
     image = image.convert("L").filter(ImageFilter.UnsharpMask(radius=1, percent=50, threshold=0))
     grey = np.asarray(image).astype(np.float32)
-    ground = float(background @ (0.299, 0.587, 0.114))  # the background's grey, as in convert("L")
-    distance = (ground - grey) * 255 / ground if ground >= 128 else (grey - ground) * 255 / (255 - ground)
+    to_grey = (0.299, 0.587, 0.114)  # as in convert("L")
+    ground = float(background @ to_grey)
+    is_darker = (pixels[stands_out] @ to_grey).mean() < ground
+    distance = (ground - grey) * 255 / ground if is_darker else (grey - ground) * 255 / (255 - ground)
     view = np.zeros((28, 28), dtype=np.uint8)
     top, left = (28 - grey.shape[0]) // 2, (28 - grey.shape[1]) // 2
     view[top : top + grey.shape[0], left : left + grey.shape[1]] = distance.clip(0, 255).round()
+    if view.max() < FAINTEST:  # of another colour, but as bright as the background
+        raise nothing
     return view
 
 

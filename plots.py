@@ -28,18 +28,20 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _draw_by_epoch(axes: Axes, history: list[dict], key: str, colour: str, label: str) -> None:
-    """The mean over runs of a history's values by epoch, in a band from the lowest to the highest."""
-    numbers = sorted({line["epoch"] for line in history})
-    by_epoch = [[line[key] for line in history if line["epoch"] == number] for number in numbers]
+    """The mean over runs of a history's values by epoch, in a band from the lowest to the highest, as long as all go on."""
+    of_all = {n: [line[key] for line in history if line["epoch"] == n] for n in sorted({line["epoch"] for line in history})}
+    by_epoch = {number: values for number, values in of_all.items() if len(values) == len(of_all[1])}
+    numbers = list(by_epoch)
     style = "o-" if len(numbers) < 30 else "-"
-    axes.plot(numbers, [np.mean(values) for values in by_epoch], style, color=colour, markersize=3, label=label)
-    if len(by_epoch[0]) > 1:
-        axes.fill_between(numbers, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.15, lw=0)
+    axes.plot(numbers, [np.mean(values) for values in by_epoch.values()], style, color=colour, markersize=3, label=label)
+    if len(by_epoch[1]) > 1:
+        low, high = (list(map(end, by_epoch.values())) for end in (min, max))
+        axes.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def draw_curves(history_path: Path, path: Path) -> None:
     """Loss (log scale) and accuracy of training and validation by epoch, the best epoch marked; of several runs or folds
-    the mean, in a band from the lowest to the highest."""
+    the mean, in a band from the lowest to the highest, until the first of them has ended."""
     settings, history = read_history(history_path)
     runs = settings["folds"] or settings["runs"]
     trained_on = "training" if settings["first_share"] == settings["hard_share"] == 1 else "training (on the harder images)"
@@ -161,6 +163,7 @@ def draw_sheet(
     for number, (image, title, colour) in enumerate(zip(images, titles, colours or ["black"] * len(images))):
         left, top = number % columns * width + 2, number // columns * height + title_height
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + 28, top + 28, top))
+        title = "\n".join(line if len(line) <= 24 else f"{line[:23]}…" for line in title.split("\n"))  # as wide as a column
         axes.text(left + 14, top - 0.7, title, fontsize=7.5, color=colour, ha="center", va="bottom", parse_math=False)
     axes.set(xlim=(0, columns * width), ylim=(rows * height, 0), aspect="equal")
     axes.axis("off")

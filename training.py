@@ -178,6 +178,12 @@ class Training:
         logits = infer(network, parallel.share(images), self.mean, self.std, self.precision)
         return parallel.whole(logits, len(images))
 
+    def look_at(self, unseen: torch.Tensor) -> None:
+        """Note the losses of images that no epoch has visited, to know which of them are hard."""
+        logits = self.infer(self.network, self.images[unseen])
+        losses = F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none")
+        self.image_losses[unseen] = losses.to(self.image_losses.device)
+
     def train_epoch(self, epoch: int, valid_losses: Sequence[float], check: Callable[[], None] = lambda: None) -> dict:
         """Train and validate; the epoch's line of history.
 
@@ -188,6 +194,8 @@ class Training:
         settings, count = self.settings, self.counts[epoch - 1]
         if self.generated and settings.gan_fresh:
             self.images[-len(self.generated.garments) :] = self.generated.images(epoch)
+            if self.partial is None and 1 < epoch and count < len(self.train):
+                self.look_at(self.train[self.train >= len(self.images) - len(self.generated.garments)])
         if self.partial is None:
             order = epoch_order(self.train, count, self.image_losses, self.generator)
             sums = torch.zeros(3, dtype=torch.float64, device=order.device)
@@ -219,11 +227,8 @@ class Training:
         finally:
             partial["seconds"] += time.perf_counter() - started
         started = time.perf_counter()
-        if epoch == 1 and count < len(self.train):  # a look at the images left out, to know which of them are hard
-            unseen = self.train[self.image_losses[self.train].isinf()]
-            logits = self.infer(self.network, self.images[unseen])
-            losses = F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none")
-            self.image_losses[unseen] = losses.to(self.image_losses.device)
+        if epoch == 1 and count < len(self.train):
+            self.look_at(self.train[self.image_losses[self.train].isinf()])
         logits = self.infer(self.kept, self.valid_images)
         valid_loss, valid_accuracy = evaluate(logits, self.valid_labels)
         if not math.isfinite(valid_loss):

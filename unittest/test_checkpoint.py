@@ -34,6 +34,16 @@ def test_a_network_that_trains_with_batch_normalisation_is_rebuilt_without_it(co
     assert checkpoint.rebuild(saved, tmp_path).state_dict().keys() == contents["parameters"].keys()
 
 
+def test_a_process_that_was_not_there_before_keeps_random_numbers_of_its_own(monkeypatch):
+    generator = torch.Generator()
+    states = checkpoint.random_states(generator)
+    monkeypatch.setattr(checkpoint.parallel, "rank", lambda: 1)
+    torch.manual_seed(1)
+    own = torch.get_rng_state()
+    checkpoint.set_random_states(states, generator)
+    assert torch.get_rng_state().equal(own)
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

@@ -58,6 +58,7 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
         ("augment=hflp", "known: hflip"),
         ("augment=hflip:2", "0 to 1"),
         ("augment=shift:x", "no number"),
+        ("augment=shift:0.5", "whole pixels"),
         ("recipe=none", "known: quick"),
         ("folds=1", "one fold"),
         ("pretrained=true", "resnet18"),

@@ -1,5 +1,6 @@
 """The conditional GAN: resumed to the bit, samples of the classes asked for, mixed into training."""
 
+import copy
 import json
 
 import pytest
@@ -10,8 +11,8 @@ import checkpoint
 import gan
 import train
 import training
-from config import ROOT, UserError
-from data_preprocessing import GARMENTS
+from config import ROOT, Settings, UserError, load_settings
+from data_preprocessing import GARMENTS, split_indices
 from gan_model import NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance
 from model import count_parameters, infer
@@ -124,6 +125,22 @@ def test_a_generator_that_saw_the_validation_images_is_refused(undisturbed, tmp_
     for word in ("seed=1", "valid_ratio=0.2"):
         with pytest.raises(UserError, match="validation images"):
             train.main([*SHORT, "epochs=1", *words, word])
+
+
+def test_fresh_images_are_chosen_by_their_own_losses(undisturbed, train_data, monkeypatch):
+    words = ["augment=gan", "gan_fresh=true", "hard_share=0.5", "output_dim=10", "batch_size=50", "precision=float32"]
+    settings = load_settings([*words, f"generator={undisturbed[1] / 'generator.pt'}"], Settings)
+    train, valid = split_indices(train_data[1], 0.1, 0)
+    state = training.Training(settings, 0, *train_data, train[:300], valid[:300], torch.float32)
+    state.train_epoch(1, [])
+    before, known = copy.deepcopy(state.network), []
+    order = training.epoch_order
+    monkeypatch.setattr(training, "epoch_order", lambda *arguments: known.append(arguments[2].clone()) or order(*arguments))
+    state.train_epoch(2, [])
+    made = len(state.generated.garments)
+    logits = infer(before, state.images[-made:], state.mean, state.std)
+    losses = torch.nn.functional.cross_entropy(logits, state.labels[-made:], reduction="none")
+    torch.testing.assert_close(known[0][-made:], losses)
 
 
 @pytest.mark.parametrize(

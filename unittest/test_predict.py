@@ -32,7 +32,15 @@ def photograph(ground="white", ink="black", size=(400, 300)):
 
 
 @pytest.mark.parametrize(
-    "ground, ink", [("white", "black"), ("#d8d0c8", "#503020"), ("black", "white"), ("#202428", "#c0b0a0")]
+    "ground, ink",
+    [
+        ("white", "black"),
+        ("#d8d0c8", "#503020"),
+        ("black", "white"),
+        ("#202428", "#c0b0a0"),
+        ("#6e6e6e", "black"),
+        ("#909090", "white"),
+    ],
 )
 def test_an_object_fills_the_frame_bright_on_exactly_black(ground, ink):
     view = to_fashion_mnist(photograph(ground, ink), "photo")
@@ -118,9 +126,12 @@ def test_a_bad_image_is_refused_by_name(write, complaint, out, tmp_path):
         predict.main([f"out_dir={out}", str(path)])
 
 
-def test_a_blank_image_is_refused():
-    with pytest.raises(UserError, match="blank: nothing stands out"):
-        to_fashion_mnist(Image.new("RGB", (200, 200), "white"), "blank")
+@pytest.mark.parametrize(
+    "ground, ink, size", [("white", "white", (400, 300)), ("black", "black", (28, 28)), ("#00aa00", "#ff2020", (400, 300))]
+)
+def test_an_image_in_which_nothing_stands_out_is_refused(ground, ink, size):
+    with pytest.raises(UserError, match="photo: nothing stands out"):
+        to_fashion_mnist(photograph(ground, ink, size), "photo")
 
 
 def test_predict_draws_files_in_one_picture(out, tmp_path, capsys):
