@@ -101,6 +101,11 @@ def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
     assert set(scores["variety"]) == set(GARMENTS)
 
 
+def test_score_refuses_too_few_images_to_compare_with(undisturbed):
+    with pytest.raises(UserError, match="limit=20: leaves fewer than two images of some class"):
+        gan.main(["score", "limit=20", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
+
+
 def test_generated_images_are_their_share_of_training(undisturbed, tmp_path, monkeypatch):
     seen = []
     epoch_order = training.epoch_order

@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 import parallel
-from config import ROOT, Settings, load_settings
+from config import ROOT, Settings, UserError, load_settings
 from data_preprocessing import load_images, split_indices
 from stopping import Stopped
 from training import Training
@@ -76,6 +76,14 @@ def test_two_processes_go_through_the_losses_of_one(tmp_path):
     together = json.loads((tmp_path / "losses.json").read_text())
     assert together[0] == pytest.approx(alone[0], rel=1e-4)
     assert together[1] == pytest.approx(alone[1], rel=1e-9)
+
+
+def test_a_batch_of_fewer_images_than_processes_is_refused(train_data, monkeypatch):
+    train, valid = split_indices(train_data[1], 0.1, 0)
+    state = Training(load_settings(["batch_size=1"], Settings), 0, *train_data, train[:10], valid[:10], torch.float32)
+    monkeypatch.setattr(parallel, "count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes can't share a batch of 1;"):
+        state.train_epoch(1, [])
 
 
 def test_a_killed_worker_is_replaced_and_the_end_is_the_same(tmp_path):
