@@ -20,6 +20,7 @@ KEYS = {  # what a file must hold to be of its kind
     "best_model": NETWORK_KEYS,
     "checkpoint": NETWORK_KEYS
     | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random", "run", "partial", "machine"},
+    "targets": {"log_probabilities", "class_names", "settings", "epoch"},
     "generator": {"parameters", "settings", "epoch"},
     "gan_checkpoint": {"generator", "averaged", "discriminator", "optimizers", "history", "random", "settings", "frames"}
     | {"partial", "machine"},
@@ -74,7 +75,7 @@ def load(path: Path, kind: str) -> dict:
             warnings.simplefilter("ignore")  # of torch's, about foreign files; the line below says what matters
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        script = "gan.py train" if kind in ("generator", "gan_checkpoint") else "train.py"
+        script = {"targets": "teach.py", "generator": "gan.py train", "gan_checkpoint": "gan.py train"}.get(kind, "train.py")
         raise UserError(f"{path}: there is no such file; python {script} with the same recipe and out_dir makes it") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a {kind} file") from None

@@ -127,7 +127,9 @@ class Settings(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target given to all classes alike")
     teacher: str = Field(
-        "", description="a best_model.pt, trained on the same split, whose probabilities are targets too; empty = none"
+        "",
+        description="a best_model.pt, trained on the same split, whose probabilities are targets too, or a targets.pt, where "
+        "teach.py wrote them down; empty = none",
     )
     teacher_share: float = Field(
         0.9, ge=0, le=1, description="of the loss that follows the teacher; the rest follows the labels"

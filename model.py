@@ -255,7 +255,7 @@ def train_one_epoch(
     precision: torch.dtype,
     generator: torch.Generator,
     image_losses: torch.Tensor,
-    teach: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    teach: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     sums: torch.Tensor,
     step: Callable[[], None],
 ) -> None:
@@ -264,8 +264,9 @@ def train_one_epoch(
 
     `heads` is a Heads, perhaps one that several processes train together: each computes its share of every batch, and all
     get the same sums and losses. `images` uint8 `(N, 1, 28, 28)`, `labels` and `garments` int64 `(N,)` are on its device.
-    `teach`, if any, maps a batch of augmented images to a teacher's logits, which the network's should resemble (Hinton
-    et al. 2015, arXiv 1503.02531, section 2). Each image's latest cross-entropy is written to `image_losses` `(N,)`.
+    `teach`, if any, maps a batch of augmented images and their indices to a teacher's logits, which the network's should
+    resemble (Hinton et al. 2015, arXiv 1503.02531, section 2). Each image's latest cross-entropy is written to
+    `image_losses` `(N,)`.
     `step`, called when the gradients are there, moves the parameters and removes the gradients.
     Raises UserError, before the parameters change, on a loss that is not finite, on one image that can't be normalised or
     on fewer images than processes.
@@ -294,7 +295,7 @@ def train_one_epoch(
             if settings.label_smoothing:
                 loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
             if teach is not None:
-                wanted = (teach(batch) / settings.temperature).softmax(1)
+                wanted = (teach(batch, mine) / settings.temperature).softmax(1)
                 likeness = F.cross_entropy(logits / settings.temperature, wanted) * settings.temperature**2
                 loss = settings.teacher_share * likeness + (1 - settings.teacher_share) * loss
             if garment_logits is not None:

@@ -54,24 +54,33 @@ def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) ->
         )
 
 
-class Teacher:
-    """A trained network's logits for augmented images, uint8 `(N, 1, 28, 28)`, on the device."""
-
-    def __init__(self, settings: Settings, seed: int, device: torch.device):
-        path = resolve(settings.teacher)
-        saved = checkpoint.load(path, "best_model")
-        check_same_split(path, saved["settings"], settings, seed)
-        names = class_names(settings.output_dim)
-        if tuple(saved["class_names"]) != names:
-            raise UserError(
-                f"{path}: tells the classes {', '.join(saved['class_names'])}, not {', '.join(names)}; name another teacher"
-            )
-        self.network = freeze(checkpoint.rebuild(saved, path)).to(device)
-        self.mean, self.std = saved["mean"], saved["std"]
+def load_teacher(settings: Settings, seed: int, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What maps augmented images, uint8 `(N, 1, 28, 28)`, and the indices `(N,)` of those that they were made from to the
+    teacher's logits `(N, C)`: a trained network, or what teach.py wrote down of the images as they are."""
+    path = resolve(settings.teacher)
+    kind = "targets" if path.name == "targets.pt" else "best_model"
+    saved = checkpoint.load(path, kind)
+    check_same_split(path, saved["settings"], settings, seed)
+    names = class_names(settings.output_dim)
+    if tuple(saved["class_names"]) != names:
+        raise UserError(
+            f"{path}: tells the classes {', '.join(saved['class_names'])}, not {', '.join(names)}; name another teacher"
+        )
+    if kind == "targets":
+        if "gan" in parse_augment(settings.augment):
+            raise UserError(f"{path}: says nothing of generated images; name a best_model.pt, or leave gan out of augment")
+        targets = saved["log_probabilities"]
+        if not isinstance(targets, torch.Tensor) or targets.shape != (60_000, len(names)) or not targets.isfinite().all():
+            raise UserError(f"{path}: holds no log-probabilities of the 60,000 training images; run teach.py again")
+        targets = targets.to(device)
+        return lambda _, indices: targets[indices].float()
+    network = freeze(checkpoint.rebuild(saved, path)).to(device)
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(normalise(images, self.mean, self.std))
+    def ask(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return network(normalise(images, saved["mean"], saved["std"]))
+
+    return ask
 
 
 class Generated:
@@ -145,7 +154,7 @@ class Training:
             torch.manual_seed(seed + parallel.rank())  # of what dropout leaves out: not the same on every process
         trained = [parameter for parameter in self.heads.parameters() if parameter.requires_grad]
         self.optimizer = Optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
-        self.teacher = Teacher(settings, seed, device) if settings.teacher else None
+        self.teacher = load_teacher(settings, seed, device) if settings.teacher else None
         self.image_losses = torch.full((len(self.images),), torch.inf, device=device)
         self.partial: dict | None = None  # of an epoch that was ended in its midst: the order, what is done of it
 

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import model
+import teach
 import train
 import training
 from augmentation import FUNCTIONS
@@ -47,6 +48,12 @@ def without_seconds(history):
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     return run(out), out
+
+
+@pytest.fixture(scope="module")
+def targets(undisturbed):
+    teach.main([f"out_dir={undisturbed[1]}", "precision=float32"])
+    return undisturbed[1] / "targets.pt"
 
 
 def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
@@ -315,6 +322,31 @@ def test_a_teacher_with_the_whole_share_makes_the_labels_meaningless(undisturbed
     assert same_parameters(one, other)
     assert not same_parameters(one, run(tmp_path / "warm", *taught, "temperature=5"))
     assert not same_parameters(one, run(tmp_path / "shared", *taught, "teacher_share=0.5"))
+
+
+def test_targets_are_what_the_network_says_of_each_image_and_its_mirror_image(targets, undisturbed, train_data):
+    saved, path = checkpoint.load(targets, "targets"), undisturbed[1] / "best_model.pt"
+    best = checkpoint.load(path, "best_model")
+    images = train_data[0][:50]
+    logits = [
+        model.infer(checkpoint.rebuild(best, path), views, best["mean"], best["std"]) for views in (images, images.flip(-1))
+    ]
+    wanted = torch.stack(logits).log_softmax(2).mean(0)
+    assert saved["log_probabilities"].shape == (60_000, 2)
+    assert torch.allclose(saved["log_probabilities"][:50].float(), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_targets_teach_and_are_refused_where_they_say_nothing(targets, undisturbed, tmp_path):
+    taught = [f"teacher={targets}", "teacher_share=1", "auxiliary=0"]
+    one, other = (run(tmp_path / smoothing, *taught, f"label_smoothing={smoothing}") for smoothing in ("0.0", "0.3"))
+    assert same_parameters(one, other)
+    with pytest.raises(UserError, match="says nothing of generated images"):
+        run(tmp_path, *taught, "augment=gan")
+    saved = checkpoint.load(targets, "targets")
+    for broken in (saved["log_probabilities"][1:], saved["log_probabilities"] * torch.nan, 3):
+        checkpoint.save(tmp_path / "targets.pt", {**saved, "log_probabilities": broken})
+        with pytest.raises(UserError, match="run teach"):
+            run(tmp_path / "x", f"teacher={tmp_path / 'targets.pt'}")
 
 
 def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_classes(undisturbed, tmp_path):
