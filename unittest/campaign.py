@@ -43,6 +43,7 @@ import data_preprocessing  # noqa: E402
 import gan  # noqa: E402
 import photo  # noqa: E402
 import predict  # noqa: E402
+import teach  # noqa: E402
 import test as testing  # noqa: E402
 import train  # noqa: E402
 from config import Settings, UserError, load_settings, run_script  # noqa: E402
@@ -268,6 +269,7 @@ def checkpoints(folder: Path) -> None:
     ]
     out = folder / "run"
     train.main(["limit=500", "epochs=1", f"out_dir={out}"])
+    teach.main([f"out_dir={out}"])
     gan.main(["train", "limit=200", "epochs=1", f"out_dir={folder / 'gan'}"])
     again = ["limit=500", "epochs=2", "resume=true", f"out_dir={out}"]
     places: dict[str, tuple[Path, Callable[[], object]]] = {
@@ -277,6 +279,10 @@ def checkpoints(folder: Path) -> None:
         "train.py teacher=": (
             out / "best_model.pt",
             lambda: train.main(["limit=500", "epochs=1", f"teacher={out / 'best_model.pt'}", f"out_dir={folder / 'x'}"]),
+        ),
+        "train.py teacher=targets.pt": (
+            out / "targets.pt",
+            lambda: train.main(["limit=500", "epochs=1", f"teacher={out / 'targets.pt'}", f"out_dir={folder / 'x'}"]),
         ),
         "gan.py sample": (folder / "gan" / "generator.pt", lambda: gan.main(["sample", f"out_dir={folder / 'gan'}"])),
         "gan.py train resume=true": (
@@ -301,15 +307,18 @@ def checkpoints(folder: Path) -> None:
         networks = [value for value in contents.values() if isinstance(value, dict) and "features.0.weight" in value]
         networks += [contents["generator"]] if "generator" in contents else []
         networks += [contents["parameters"]] if contents["kind"] == "generator" else []
-        for foreign in ({}, [1, 2], {"kind": contents["kind"]}, {**contents, "kind": "other"}, {"state_dict": networks[0]}):
+        tensors = [(network, next(iter(network))) for network in networks]
+        tensors += [(contents, "log_probabilities")] if contents["kind"] == "targets" else []
+        for foreign in ({}, [1, 2], {"kind": contents["kind"]}, {**contents, "kind": "other"}, {"state_dict": contents}):
             torch.save(foreign, path)
             outcomes.append(refused(call))
-        for network in networks:
-            name = next(iter(network))
-            for changed in (torch.full_like(network[name], torch.nan), network[name][:1], None):
-                key = next(key for key, value in contents.items() if value is network)
-                torch.save({**contents, key: {**network, name: changed}}, path)
+        for holder, name in tensors:
+            whole_tensor = holder[name]
+            for changed in (torch.full_like(whole_tensor, torch.nan), whole_tensor[:1], None):
+                holder[name] = changed
+                torch.save(contents, path)
                 outcomes.append(refused(call))
+            holder[name] = whole_tensor
         report(f"damaged and foreign files: {place}", outcomes)
         path.write_bytes(whole)
 
