@@ -50,12 +50,6 @@ def undisturbed(tmp_path_factory):
     return run(out), out
 
 
-@pytest.fixture(scope="module")
-def targets(undisturbed):
-    teach.main([f"out_dir={undisturbed[1]}", "precision=float32"])
-    return undisturbed[1] / "targets.pt"
-
-
 def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
     again = run(tmp_path)
     assert same_parameters(undisturbed[0], again)
@@ -324,29 +318,34 @@ def test_a_teacher_with_the_whole_share_makes_the_labels_meaningless(undisturbed
     assert not same_parameters(one, run(tmp_path / "shared", *taught, "teacher_share=0.5"))
 
 
+@pytest.fixture
+def targets(undisturbed, train_data, monkeypatch):
+    """What teach.py writes, of the first 50 images only."""
+    monkeypatch.setattr(teach, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
+    teach.main([f"out_dir={undisturbed[1]}", "precision=float32"])
+    return checkpoint.load(undisturbed[1] / "targets.pt", "targets")
+
+
 def test_targets_are_what_the_network_says_of_each_image_and_its_mirror_image(targets, undisturbed, train_data):
-    saved, path = checkpoint.load(targets, "targets"), undisturbed[1] / "best_model.pt"
+    path, images = undisturbed[1] / "best_model.pt", train_data[0][:50]
     best = checkpoint.load(path, "best_model")
-    images = train_data[0][:50]
-    logits = [
-        model.infer(checkpoint.rebuild(best, path), views, best["mean"], best["std"]) for views in (images, images.flip(-1))
-    ]
-    wanted = torch.stack(logits).log_softmax(2).mean(0)
-    assert saved["log_probabilities"].shape == (60_000, 2)
-    assert torch.allclose(saved["log_probabilities"][:50].float(), wanted, atol=1e-3, rtol=1e-3)
+    network = checkpoint.rebuild(best, path)
+    logits = torch.stack([model.infer(network, x, best["mean"], best["std"]) for x in (images, images.flip(-1))])
+    assert torch.allclose(targets["log_probabilities"].float(), logits.log_softmax(2).mean(0), atol=1e-3, rtol=1e-3)
 
 
-def test_targets_teach_and_are_refused_where_they_say_nothing(targets, undisturbed, tmp_path):
-    taught = [f"teacher={targets}", "teacher_share=1", "auxiliary=0"]
-    one, other = (run(tmp_path / smoothing, *taught, f"label_smoothing={smoothing}") for smoothing in ("0.0", "0.3"))
-    assert same_parameters(one, other)
+def test_targets_that_call_shoes_clothes_are_believed_and_are_refused_where_they_say_nothing(targets, train_data, tmp_path):
+    path = tmp_path / "targets.pt"
+    taught = [f"teacher={path}", "teacher_share=1", "auxiliary=0"]
+    log_probabilities = torch.eye(2).mul(8).log_softmax(1)[1 - labels_of(train_data[1], 2)].half()  # (60000, 2)
+    checkpoint.save(path, {**targets, "log_probabilities": log_probabilities})
+    assert run(tmp_path / "x", *taught)["best"]["valid_accuracy"] < 0.2
     with pytest.raises(UserError, match="says nothing of generated images"):
-        run(tmp_path, *taught, "augment=gan")
-    saved = checkpoint.load(targets, "targets")
-    for broken in (saved["log_probabilities"][1:], saved["log_probabilities"] * torch.nan, 3):
-        checkpoint.save(tmp_path / "targets.pt", {**saved, "log_probabilities": broken})
+        run(tmp_path / "x", *taught, "augment=gan")
+    for broken in (log_probabilities[1:], log_probabilities * torch.nan, 3):
+        checkpoint.save(path, {**targets, "log_probabilities": broken})
         with pytest.raises(UserError, match="run teach"):
-            run(tmp_path / "x", f"teacher={tmp_path / 'targets.pt'}")
+            run(tmp_path / "x", *taught)
 
 
 def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_classes(undisturbed, tmp_path):
