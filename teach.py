@@ -18,6 +18,7 @@ from model import choose_device, choose_precision, infer, keep_freed_memory
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, Settings)
+    print("settings:", settings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()

@@ -56,7 +56,10 @@ def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) ->
 
 def load_teacher(settings: Settings, seed: int, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """What maps augmented images, uint8 `(N, 1, 28, 28)`, and the indices `(N,)` of those that they were made from to the
-    teacher's logits `(N, C)`: a trained network, or what teach.py wrote down of the images as they are."""
+    teacher's logits `(N, C)`: a trained network, or what teach.py wrote down of the images as they are.
+
+    Raises UserError if the file is missing or damaged, tells other classes or has seen this run's validation images.
+    """
     path = resolve(settings.teacher)
     kind = "targets" if path.name == "targets.pt" else "best_model"
     saved = checkpoint.load(path, kind)
