@@ -133,16 +133,18 @@ def _fetch_with_apt(folder: Path) -> Path:
 
 
 def _keep(fetched: Path, raw: Path) -> None:
-    """Copy the fetched gzip files to `raw`; a file of that name, damaged as it must be, stays as NAME.damaged."""
+    """Unpack the fetched files into `raw`, so that later runs needn't; a damaged file of that name stays as NAME.damaged."""
     try:
         raw.mkdir(parents=True, exist_ok=True)
         for name in IDX_FILES:
-            target = raw / f"{name}.gz"
-            if target.exists() and _read_verified(name, raw, []) is None:
+            target, contents = raw / name, _read_verified(name, fetched, [])
+            if contents is None or _read_verified(name, raw, []):
+                continue
+            if target.exists():
                 os.replace(target, f"{target}.damaged")
-            if not target.exists():
-                shutil.copyfile(fetched / target.name, f"{target}.part")
-                os.replace(f"{target}.part", target)
+            part = raw / f"{name}.part"
+            part.write_bytes(contents)
+            os.replace(part, target)
     except OSError as error:
         print(f"{raw}: the files can't be kept there and will be fetched again next time ({error})", file=sys.stderr)
 

@@ -129,7 +129,7 @@ def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
     assert (raw / "train-images-idx3-ubyte.gz").read_bytes() == b"damaged"
 
 
-def test_fetched_files_are_verified_and_kept(data_path, tmp_path, monkeypatch):
+def test_fetched_files_are_verified_and_kept_unpacked(data_path, tmp_path, monkeypatch):
     def fetch(folder):
         for name in IDX_FILES:
             (folder / f"{name}.gz").write_bytes(gzip.compress(data.find_idx(name, data_path), 1))
@@ -137,11 +137,15 @@ def test_fetched_files_are_verified_and_kept(data_path, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path)
     real_find = data.find_idx("t10k-images-idx3-ubyte", data_path)
+    raw = tmp_path / "new" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(b"damaged")
     with monkeypatch.context() as patch:
         patch.setattr(data, "_fetch_with_torchvision", lambda folder: (_ for _ in ()).throw(OSError("no network")))
         patch.setattr(data, "_fetch_with_apt", fetch)
         assert data.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == real_find
-    assert data._read_verified("train-labels-idx1-ubyte", tmp_path / "new" / "FashionMNIST" / "raw", [])
+    assert {path.name for path in raw.iterdir()} == {*IDX_FILES, "t10k-images-idx3-ubyte.damaged"}
+    assert (raw / "train-labels-idx1-ubyte").read_bytes() == data.find_idx("train-labels-idx1-ubyte", data_path)
 
 
 HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
