@@ -272,18 +272,15 @@ def checkpoints(folder: Path) -> None:
     teach.main([f"out_dir={out}"])
     gan.main(["train", "limit=200", "epochs=1", f"out_dir={folder / 'gan'}"])
     again = ["limit=500", "epochs=2", "resume=true", f"out_dir={out}"]
+    learning = ["limit=500", "epochs=1", f"out_dir={folder / 'x'}"]
     places: dict[str, tuple[Path, Callable[[], object]]] = {
         "train.py resume=true": (out / "checkpoint.pt", lambda: train.main(again)),
         "test.py": (out / "best_model.pt", lambda: testing.main([f"out_dir={out}"])),
         "predict.py": (out / "best_model.pt", lambda: predict.main(["index=0", f"out_dir={out}"])),
-        "train.py teacher=": (
-            out / "best_model.pt",
-            lambda: train.main(["limit=500", "epochs=1", f"teacher={out / 'best_model.pt'}", f"out_dir={folder / 'x'}"]),
-        ),
-        "train.py teacher=targets.pt": (
-            out / "targets.pt",
-            lambda: train.main(["limit=500", "epochs=1", f"teacher={out / 'targets.pt'}", f"out_dir={folder / 'x'}"]),
-        ),
+        **{
+            f"train.py teacher={path.name}": (path, lambda path=path: train.main([*learning, f"teacher={path}"]))
+            for path in (out / "best_model.pt", out / "targets.pt")
+        },
         "gan.py sample": (folder / "gan" / "generator.pt", lambda: gan.main(["sample", f"out_dir={folder / 'gan'}"])),
         "gan.py train resume=true": (
             folder / "gan" / "checkpoint.pt",
