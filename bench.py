@@ -38,9 +38,9 @@ from torch import nn
 import checkpoint
 import plots
 from checkpoint import lowest, read_history
-from config import ROOT, Settings, UserError, load_settings, run_script
+from config import OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, SHOES, batches, find_idx, load_images, normalise, split_indices
-from model import build, choose_device, choose_precision, evaluate, keep_freed_memory, layers
+from model import autocast, build, choose_device, choose_precision, evaluate, keep_freed_memory, layers
 from results import OURS, RECIPES, REFERENCES, minutes_and_accuracy
 from training import Training
 
@@ -189,7 +189,7 @@ def feed(settings: BenchSettings) -> None:
     def ready() -> None:
         training.network.train()
         for _ in orders:
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with autocast(device, precision):
                 loss = F.cross_entropy(training.network(x), labels)
             loss.backward()
             step()
@@ -255,6 +255,11 @@ def against_ordinary(settings: BenchSettings, folder: str, train: list[str]) -> 
         print(told("  ratio", [other / mine[0] for other, mine in zip(taken, ours)], "times"))
 
 
+def testing(train: list[str]) -> list[str]:
+    """The command that tests what the command `train` has made."""
+    return ["test.py", *(word for word in train[1:] if word.partition("=")[0] not in OF_TRAINING)]
+
+
 def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: bool) -> tuple[list[float], list[float]]:
     """Train with seeds 0 to repeats-1; seconds and validation accuracy, or test accuracy if `test`, of each."""
     accuracies, all_seconds = [], []
@@ -262,7 +267,7 @@ def over_seeds(settings: BenchSettings, folder: str, train: list[str], *, test: 
         seconds, _ = run(*train, f"seed={seed}")
         all_seconds.append(seconds)
         if test:
-            run("test.py", *train[1:])
+            run(*testing(train))
             scores = json.loads(Path(f"{folder}/ours/scores.json").read_text())
             accuracies.append(scores["accuracy"])
             mistakes = scores["mistakes"] if len(scores["mistakes"]) < 20 else len(scores["mistakes"])
@@ -378,7 +383,7 @@ def main(arguments: list[str]) -> None:
             path = settings.out_path / "best_model.pt"
             checkpoint.load(path, "best_model")  # refuses what is not there, or no such file
             shutil.copy(path, f"{folder}/ours")
-            in_turn(settings.repeats, ["test.py", *train[1:]], ["-c", "import torch"], 0)
+            in_turn(settings.repeats, testing(train), ["-c", "import torch"], 0)
         elif settings.part == "memory":
             hold = "import torch; x = torch.ones(70_000, 1, 28, 28, dtype=torch.uint8)"
             in_turn(settings.repeats, train, ["-c", hold], 1)

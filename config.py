@@ -33,18 +33,6 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
 }
 
 
-SEARCH = {  # where tune.py looks: choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
-    "lr": (1e-4, 3e-2),
-    "batch_size": [64, 128, 256, 512],
-    "epochs": (5, 30),
-    "weight_decay": (1e-5, 1e-1),
-    "dropout": (0.0, 0.5),
-    "augment.hflip": [0.0, 0.5],
-    "augment.shift": (0, 3),
-    "augment.erase": (0.0, 0.5),
-}
-
-
 HELP = {"help", "-h", "--help"}
 
 
@@ -77,7 +65,7 @@ class Settings(BaseModel):
         "auto", description="of the network's arithmetic; auto = training in bfloat16 where the device has units for it"
     )
     batch_size: int = Field(192, ge=1, le=60_000, description="images a training step")
-    limit: int = Field(0, ge=0, description="use only the first N training images after the shuffle; 0 = all (a dry run)")
+    limit: int = Field(0, ge=0, description="for a dry run, use only the first N training images after the shuffle; 0 = all")
 
     architecture: Literal[
         "cnn",
@@ -123,8 +111,8 @@ class Settings(BaseModel):
         7, ge=1, le=100_000, description="passes over the training images, or a share of them (see first_share, hard_share)"
     )
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has Nesterov momentum 0.9")
-    lr: float = Field(0.02, gt=0, description="peak of the schedule, per step")
-    weight_decay: float = Field(0.0, ge=0, description="per step; decoupled for adamw")
+    lr: float = Field(0.02, gt=0, description="peak of the schedule")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient; adamw: decoupled from it")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target given to all classes alike")
     teacher: str = Field(
         "",
@@ -139,7 +127,7 @@ class Settings(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="share of the weights' moving average that stays at each step; it is what is validated and kept; 0 = none",
+        description="decay of the weights' exponential moving average (EMA), which is what is validated and kept; 0 = none",
     )
     schedule: Literal["none", "cosine", "one_cycle", "plateau"] = Field(
         "one_cycle",
@@ -156,7 +144,7 @@ class Settings(BaseModel):
     gan_fresh: bool = Field(False, description="augment=gan: generate other images for each epoch")
     generator: str = Field("runs/gan/generator.pt", description="augment=gan: what gan.py train made")
     auxiliary: float = Field(
-        0.5, ge=0, description="weight of a second loss on the ten garments, from a head that is thrown away; 0 = none"
+        0.5, ge=0, description="weight of a second loss on the ten garments, from a head of its own; 0 = none"
     )
     first_share: float = Field(
         0.4,
@@ -196,8 +184,6 @@ class Settings(BaseModel):
             raise ValueError(f"{what}: has learnt from images that other splits validate on; leave {several} out")
         if self.pretrained and not self.architecture.startswith("resnet18"):
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
-        if self.batch_norm and self.architecture not in ("cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn"):
-            raise ValueError(f"batch_norm=true: {self.architecture} has batch normalisation of its own; leave it out")
         return self
 
     def __str__(self) -> str:
@@ -212,6 +198,12 @@ class Settings(BaseModel):
     @property
     def data_path(self) -> Path:
         return resolve(self.data_dir)
+
+
+# What a script that trains no network refuses: all but what every script knows.
+OF_TRAINING = frozenset(Settings.model_fields) - frozenset(
+    "recipe data_dir out_dir seed device precision batch_size limit".split()
+)
 
 
 def parse_augment(text: str) -> dict[str, float]:

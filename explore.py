@@ -10,7 +10,7 @@ import torch
 
 import plots
 from augmentation import augment
-from config import Settings, load_settings, parse_augment, run_script
+from config import OF_TRAINING, Settings, load_settings, parse_augment, run_script
 from data_preprocessing import GARMENTS, class_names, labels_of, load_images, split_indices
 from metrics import nearest
 from model import keep_freed_memory
@@ -20,13 +20,17 @@ EACH = 10  # images of a class, or versions of an image, in a row
 PAIRS = 30  # in the picture
 
 
+class ExploreSettings(Settings):
+    UNREAD = OF_TRAINING - {"output_dim", "valid_ratio", "augment"}
+
+
 def count_copies(images: torch.Tensor) -> int:
     """How many images are byte for byte another one's copy, the first of each left out."""
     return len(images) - len({image.numpy().tobytes() for image in images})
 
 
 def main(arguments: list[str]) -> None:
-    settings = load_settings(arguments, Settings)
+    settings = load_settings(arguments, ExploreSettings)
     print("settings:", settings)
     folder = settings.out_path / "plots"
     keep_freed_memory()

@@ -27,7 +27,7 @@ from config import HELP, Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, batches, load_images, normalise, split_indices
 from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance, nearest
-from model import average_into, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
+from model import autocast, average_into, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
 from optimizer import Optimizer, learning_rate
 from stopping import Signals, Stopped, claimed, resuming
 from training import Training
@@ -35,7 +35,8 @@ from training import Training
 GRID = 10  # samples of each class in a picture
 JUDGED_SAMPLES = 10_000
 COMPARED = 1_000  # with all training images
-JUDGED = {"recipe": "deep_cnn_dropout", "schedule": "one_cycle", "lr": 0.003, "epochs": 10}  # learns from samples alone
+PAIRS = 20  # in the picture
+LEARNER = {"recipe": "deep_cnn_dropout", "schedule": "one_cycle", "lr": 0.003, "epochs": 10}  # learns from samples alone
 DISCRIMINATORS_LR = 2  # times the generator's: two time scales, Heusel et al. 2017, arXiv 1706.08500
 
 
@@ -120,7 +121,7 @@ class GanTraining:
                         f"epoch {epoch}: a loss is {losses.tolist()} in batch {partial['batches']}; try a smaller lr"
                     )
                 partial["sums"] += losses
-                average_into(self.averaged, self.generator, min(settings.average, (1 + done) / (10 + done)))
+                average_into(self.averaged, self.generator, settings.average, done)
                 check()
         finally:
             partial["seconds"] += time.perf_counter() - started
@@ -141,9 +142,8 @@ class GanTraining:
         the class, which the discriminator learns from real images."""
         of_generator, of_discriminator = self.optimizers
         of_generator.lr, of_discriminator.lr = lr, lr * DISCRIMINATORS_LR
-        autocast = torch.autocast(real.device.type, self.precision, enabled=self.precision != torch.float32)
         noise = torch.randn(len(real), NOISE_DIM, generator=self.random, device=real.device)
-        with autocast:
+        with autocast(real.device, self.precision):
             made = self.generator(noise, classes)
             self.discriminator.requires_grad_(True)
             real_score, logits = self.discriminator(real, classes)
@@ -153,7 +153,7 @@ class GanTraining:
         discriminator_loss.backward()
         of_discriminator.step()
         of_discriminator.zero_grad()
-        with autocast:
+        with autocast(real.device, self.precision):
             self.discriminator.requires_grad_(False)  # spares the gradients of its weights
             made_score, logits = self.discriminator(made, classes)
             generator_loss = self.settings.auxiliary * F.cross_entropy(logits, classes) - made_score.mean()
@@ -278,8 +278,8 @@ def sample(settings: GanSettings, _: list[str]) -> None:
 def accuracy_after_training(
     images: torch.Tensor, garments: torch.Tensor, train: torch.Tensor, valid: torch.Tensor, settings: GanSettings
 ) -> float:
-    """Accuracy, on the images at `valid`, of a fresh JUDGED network trained on those at `train`."""
-    words = [f"{key}={value}" for key, value in JUDGED.items()]
+    """Accuracy, on the images at `valid`, of a fresh LEARNER network trained on those at `train`."""
+    words = [f"{key}={value}" for key, value in LEARNER.items()]
     chosen = load_settings([*words, f"seed={settings.seed}", f"device={settings.device}"], Settings)
     device = choose_device(settings.device)
     split = images.to(device), garments.to(device), train.to(device), valid.to(device)
@@ -346,8 +346,8 @@ def score(settings: GanSettings, _: list[str]) -> None:
     matches, distances = nearest(few[:COMPARED], images[train])
     usual = nearest(images[valid[:COMPARED]], images[train])[1]
     scores["nearest_distance"] = {"generated": distances.median().item(), "validation": usual.median().item()}
-    pairs = torch.stack([few[:50], images[train[matches[:50]]]], 1).flatten(0, 2)  # (50, 2, 1, 28, 28) -> (100, 28, 28)
-    titles = [title for label, far in zip(labels, distances[:50]) for title in (GARMENTS[label], f"{far:.0f}")]
+    pairs = torch.stack([few[:PAIRS], images[train[matches[:PAIRS]]]], 1).flatten(0, 2)  # (P, 2, 1, 28, 28) -> (2P, 28, 28)
+    titles = [title for label, far in zip(labels, distances[:PAIRS]) for title in (GARMENTS[label], f"{far:.0f}")]
     heading = "Generated, and the nearest training image with its distance (root mean square, in grey levels)"
     plots.draw_sheet(pairs.numpy(), titles, 10, heading, out / "plots" / "nearest.png")
 

@@ -94,17 +94,22 @@ def whiten(network: Network, x: torch.Tensor) -> None:
     first.requires_grad_(False)
 
 
-class Normalised(nn.Sequential):
+class WithBatchNorm(nn.Sequential):
     """A convolution or a linear layer, and the batch normalisation of what it gives."""
 
 
 def with_batch_norm(network: Network) -> None:
-    """Put batch normalisation after every convolution and hidden linear layer. Ioffe & Szegedy 2015, arXiv 1502.03167."""
+    """Put batch normalisation after every convolution and hidden linear layer. Ioffe & Szegedy 2015, arXiv 1502.03167.
+
+    Raises UserError if the network has some already.
+    """
+    if any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in network.modules()):
+        raise UserError("batch_norm=true: this architecture has batch normalisation of its own; leave it out")
     for name, layer in list(network.features.named_children()):
         if isinstance(layer, nn.Conv2d):
-            setattr(network.features, name, Normalised(layer, nn.BatchNorm2d(layer.out_channels)))
+            setattr(network.features, name, WithBatchNorm(layer, nn.BatchNorm2d(layer.out_channels)))
         elif isinstance(layer, nn.Linear):
-            setattr(network.features, name, Normalised(layer, nn.BatchNorm1d(layer.out_features)))
+            setattr(network.features, name, WithBatchNorm(layer, nn.BatchNorm1d(layer.out_features)))
 
 
 def folded(network: Network) -> Network:
@@ -112,7 +117,7 @@ def folded(network: Network) -> Network:
     logits from the network as `build` makes it. Ding et al. 2021, arXiv 2101.03697, section 3.3."""
     network = copy.deepcopy(network).eval()
     for name, layer in list(network.features.named_children()):
-        if isinstance(layer, Normalised):
+        if isinstance(layer, WithBatchNorm):
             fuse: Callable = fuse_conv_bn_eval if isinstance(layer[0], nn.Conv2d) else fuse_linear_bn_eval
             setattr(network.features, name, fuse(layer[0], layer[1]))
     return network
@@ -184,6 +189,11 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which a network on this device computes in this precision."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed for the next allocation of that size, instead of giving it back to the system.
 
@@ -214,7 +224,7 @@ def infer(
     batches = images.split(500)  # whose activations fit into the cache
     for batch in tqdm(batches, "inference", delay=1, disable=None, leave=False):
         x = normalise(batch.to(device), mean, std)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             logits.append(network(x).float().cpu())
     return torch.cat(logits)
 
@@ -283,7 +293,7 @@ def train_one_epoch(
         mine = parallel.share(indices)
         x = normalise(batch, mean, std)
         target = labels[mine]
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             try:
                 logits, garment_logits = heads(x)
             except ValueError:  # of batch normalisation, where one image gives it a single value
@@ -314,8 +324,10 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def average_into(averaged: nn.Module, network: nn.Module, share: float) -> None:
-    """Move the averaged network's parameters and statistics towards the network's, keeping `share` of them."""
+def average_into(averaged: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
+    """Move the averaged network's parameters and statistics towards the network's: an exponential moving average, whose decay
+    is smaller after few `steps`, because the start is random (as TensorFlow's ExponentialMovingAverage has it)."""
+    decay = min(decay, (1 + steps) / (10 + steps))
     for mean, latest in zip(averaged.state_dict().values(), network.state_dict().values()):
         if mean.is_floating_point():
-            mean.lerp_(latest, 1 - share)
+            mean.lerp_(latest, 1 - decay)

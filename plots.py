@@ -29,7 +29,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _draw_by_epoch(axes: Axes, history: list[dict], key: str, colour: str, label: str) -> None:
     """The mean over runs of a history's values by epoch, in a band from the lowest to the highest, as long as all go on."""
-    of_all = {n: [line[key] for line in history if line["epoch"] == n] for n in sorted({line["epoch"] for line in history})}
+    of_all: dict[int, list[float]] = {}
+    for line in history:
+        of_all.setdefault(line["epoch"], []).append(line[key])
     by_epoch = {number: values for number, values in of_all.items() if len(values) == len(of_all[1])}
     numbers = list(by_epoch)
     style = "o-" if len(numbers) < 30 else "-"
@@ -48,7 +50,7 @@ def draw_curves(history_path: Path, path: Path) -> None:
     best = lowest(history)
     figure = Figure(figsize=(9, 3.6))
     loss, accuracy = figure.subplots(1, 2)
-    figure.subplots_adjust(0.09, 0.14, 0.98, 0.9, wspace=0.25)  # a computed layout would draw everything twice
+    figure.subplots_adjust(0.09, 0.14, 0.98, 0.9, wspace=0.3)  # a computed layout would draw everything twice
     for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour, label in (("train", ORANGE, trained_on), ("valid", BLUE, "validation")):
             _draw_by_epoch(axes, history, f"{part}_{quantity}", colour, label)
@@ -74,10 +76,11 @@ def draw_overfitting(histories: dict[str, list[dict]], path: Path) -> None:
     for axes, (name, history) in zip(figure.subplots(1, len(histories), sharey=True, squeeze=False)[0], histories.items()):
         for part, colour, label in (("train", ORANGE, "training"), ("valid", BLUE, "validation")):
             _draw_by_epoch(axes, history, f"{part}_loss", colour, label)
-        axes.set(title=name, xlabel="epoch", ylim=(0, None))
+        runs = len({line.get("run", 1) for line in history})
+        axes.set(title=f"{name} ({runs} splits: mean, lowest to highest)" if runs > 1 else name, xlabel="epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("cross-entropy (nats)")
+    figure.axes[0].set(ylim=(0, None), ylabel="cross-entropy (nats)")  # when all is drawn: it ends the automatic limits
     figure.axes[-1].legend(frameon=False, loc="upper right")
     _save(figure, path)
 
@@ -136,7 +139,7 @@ def draw_mistakes(
     """The wrongly classified images `(M, 28, 28)`, each with its index, true and predicted class and the latter's
     probability: every one up to MOST_MISTAKES, the first so many beyond."""
     shown = min(len(images), MOST_MISTAKES)
-    told = f"Every mistake: {shown}" if shown == len(images) else f"The {shown} most confident of {len(images)} mistakes"
+    told = f"All {shown} mistakes" if shown == len(images) else f"The {shown} most confident of {len(images)} mistakes"
     titles = [
         f"test {index}\n{is_}\ntaken for {seems}\n{probability:.1%}"
         for index, is_, seems, probability in zip(indices, true, predicted, probabilities)
@@ -179,7 +182,7 @@ def _tile(images: np.ndarray, rows: int, gap: int = 2) -> np.ndarray:
 def draw_grid(images: np.ndarray, row_names: Sequence[str], heading: str, path: Path) -> None:
     """Images `(rows * columns, 28, 28)`, grey 0..255, a row for each name."""
     tiles = _tile(images, len(row_names))
-    figure = Figure(figsize=(1.1 + tiles.shape[1] / 55, 0.4 + tiles.shape[0] / 55), layout="constrained")
+    figure = Figure(figsize=(1.3 + tiles.shape[1] / 55, 0.4 + tiles.shape[0] / 55), layout="constrained")
     axes = figure.subplots()
     axes.imshow(tiles, cmap="gray", vmin=0, vmax=255)
     axes.set_yticks(np.arange(len(row_names)) * 30 + 14, row_names)
@@ -224,13 +227,13 @@ def draw_features(
     for (left, top), label, image in zip(places.astype(int), labels, images):
         if 0 <= left <= side - room and 0 <= top <= side - room and is_free[top : top + room, left : left + room].all():
             is_free[top : top + room, left : left + room] = False
-            raster[top : top + 28, left : left + 28, :3] = colours[label] * (77 + 0.7 * image[:, :, None])
+            raster[top : top + 28, left : left + 28, :3] = colours[label] * (140 + 0.45 * image[:, :, None])
             raster[top : top + 28, left : left + 28, 3] = np.where(image > 10, 255, 0)
     figure = Figure(figsize=(9, 9.6))
     axes = figure.add_axes((0.04, 0.1, 0.94, 0.86))  # a computed layout would draw everything twice
     x, y = (places + 14).T
     axes.scatter(x, y, s=3, c=colours[labels], alpha=0.25, lw=0)
-    axes.imshow(raster, extent=(0, side, side, 0), interpolation="none")
+    axes.imshow(raster, extent=(0, side, side, 0), interpolation="none", zorder=2)  # over the points
     for name, colour in zip(class_names, colours):
         axes.scatter([], [], color=colour, label=name)
     axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[], title="Features before the last layer, in two dimensions")
@@ -251,9 +254,9 @@ def draw_reliability(
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
     right, many = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     right.bar(middles[known], right_share, 0.9 / bins, color=BLUE, label="accuracy")
-    right.plot(sureness, right_share, "o", color=ORANGE, markersize=4, label="mean confidence")
+    right.plot(middles[known], sureness, "o", color=ORANGE, markersize=4, label="mean confidence")
     right.plot([0, 1], [0, 1], ":", color="0.4", label="as sure as right")
-    right.set(ylim=(0, 1), ylabel="accuracy", title=f"Reliability: calibration error {error:.2%}")
+    right.set(ylim=(0, 1), ylabel="share", title=f"Reliability: calibration error {error:.2%}")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.legend(frameon=False, loc="upper left")
     many.bar(middles, counts, 0.9 / bins, color="0.6")
@@ -315,22 +318,22 @@ def draw_time_to_accuracy(
     many minutes; of ordinary training the same by epoch."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*ordinary), "o-", color="0.6", markersize=3, label="ResNet-8 as its authors train it, validation, by epoch")
+    axes.plot(*zip(*ordinary), "o-", color="0.6", markersize=3, label="resnet8 through DataLoader, validation, by epoch")
     minutes, accuracies = np.array(sorted(recipes.values())).T
     axes.step(
         minutes, np.maximum.accumulate(accuracies), where="post", color="0.85", lw=4, label="the best of the points", zorder=0
     )
+    colours = {name: GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE for name in recipes}
     for name, point in recipes.items():
-        colour = GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE
-        axes.plot(*point, "o", color=colour, markersize=6)
+        axes.plot(*point, "o", color=colours[name], markersize=6)
     for colour, label in ((ORANGE, "a reference's way"), (BLUE, "the same network our way"), (GREEN, "our own networks")):
         axes.plot([], [], "o", color=colour, label=f"{label}, test")
-    axes.set(xscale="log", xlabel="minutes of training", ylabel="accuracy", title="What accuracy costs")
+    axes.set(xscale="log", xlabel="minutes of training, on one core or two", ylabel="accuracy", title="What accuracy costs")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12)
+    axes.margins(x=0.14)
     axes.set_ylim(min(accuracies) - 0.03)  # where the points lie; ordinary training may begin below
     axes.legend(frameon=False, loc="lower right", fontsize=8)
     figure.draw_without_rendering()  # from here on it is known where the points lie
@@ -339,7 +342,7 @@ def draw_time_to_accuracy(
         taken.append((x - 4, y - 4, x + 4, y + 4))
     from_the_right = sorted(zip(recipes, taken), key=lambda named: named[1], reverse=True)  # the long trainings crowd there
     for name, (left, bottom, right, top) in from_the_right:
-        width = 4.7 * len(name)
+        width = 4.9 * len(name)
         beside, middle = left - width, (left + right - width) / 2
         places = (
             (right, top - 2),
@@ -353,7 +356,7 @@ def draw_time_to_accuracy(
             if all(x >= b[2] or x + width <= b[0] or y >= b[3] or y + 8 <= b[1] for b in taken):
                 break
         taken.append((x, y, x + width, y + 8))
-        axes.annotate(name, (x, y), xycoords="figure points", fontsize=8)
+        axes.annotate(name, (x, y), xycoords="figure points", fontsize=8, color=colours[name])
     _save(figure, path)
 
 
@@ -394,7 +397,7 @@ def draw_predictions(
             bars.text(place_x, place, f"{value:.1%}", va="center", ha="right" if inside else "left", color=colour, fontsize=8)
         bars.set_yticks(range(len(class_names)), class_names)
         bars.invert_yaxis()
-        bars.set(xlim=(0, 1))
+        bars.set(xlim=(0, 1), xlabel="probability")
         bars.xaxis.set_major_formatter(PercentFormatter(1))
         told = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
         bars.set_title(told, fontsize=9)

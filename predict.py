@@ -15,13 +15,14 @@ from torch import nn
 
 import checkpoint
 import plots
-from config import HELP, ROOT, Settings, UserError, load_settings, run_script
+from config import HELP, OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import labels_by_name, load_images
 from model import choose_device, infer
 from photo import read_photographs, turned_left
 
 
 class PredictSettings(Settings):
+    UNREAD = OF_TRAINING
     index: int = Field(-1, ge=-1, lt=10_000, description="number of the test image; -1 = a random one")
     show: bool = Field(False, description="open the picture in a window, where there is a screen")
 

@@ -20,24 +20,24 @@ RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), 
 MARKS = ("<!-- python results.py -->\n", "<!-- end of python results.py -->\n")
 
 
-def gathered(recipe: str, root: Path = ROOT) -> tuple[list[dict], list[list[dict]]]:
-    """A recipe's scores and histories, a seed each; none if it has not been tested."""
+def read_seeds(recipe: str, root: Path = ROOT) -> list[tuple[dict, dict, list[dict]]]:
+    """A recipe's scores, settings and epochs, of each seed; none if it has not been tested."""
     folder = root / "runs" / recipe
     folders = [path.parent for path in sorted([*folder.glob("scores.json"), *folder.glob("seed_*/scores.json")])]
     scores = [json.loads((path / "scores.json").read_text()) for path in folders]
     for path, score in zip(folders, scores):
         if score["tta"] != "none":
             raise UserError(f"{path / 'scores.json'}: was made with tta={score['tta']}; run test.py there without it")
-    return scores, [read_history(path / "history.jsonl")[1] for path in folders]
+    return [(score, *read_history(path / "history.jsonl")) for path, score in zip(folders, scores)]
 
 
 def minutes_and_accuracy(recipe: str, root: Path = ROOT) -> tuple[float, float] | None:
     """Minutes that seed 0's training took, mean over seeds of the test accuracy in 0..1. None for a recipe without scores."""
-    scores, histories = gathered(recipe, root)
-    if not scores:
+    seeds = read_seeds(recipe, root)
+    if not seeds:
         return None
-    minutes = sum(line["seconds"] for line in histories[0]) / 60
-    return minutes, statistics.mean(score["accuracy"] for score in scores)
+    minutes = sum(line["seconds"] for line in seeds[0][2]) / 60
+    return minutes, statistics.mean(scores["accuracy"] for scores, _, _ in seeds)
 
 
 def row(recipe: str, root: Path = ROOT) -> str | None:
@@ -46,18 +46,21 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
     if means is None:
         return None
     minutes, accuracy = means
-    scores, histories = gathered(recipe, root)
-    spread = f" ± {statistics.stdev(score['accuracy'] for score in scores):.2%}" if len(scores) > 1 else ""
-    runs = histories[0][-1].get("run", 1)
-    epochs = f"{runs} x " * (runs > 1) + f"{len(histories[0]) // runs}"
+    seeds = read_seeds(recipe, root)
+    scores, settings, history = seeds[0]
+    spread = f" ± {statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2%}" if len(seeds) > 1 else ""
+    runs = history[-1].get("run", 1)
+    epochs = len(history) // runs
+    passes = settings["first_share"] + settings["hard_share"] * (epochs - 1)  # over all training images
     reference = REFERENCES.get(recipe.removesuffix("_plus"))
     cells = (
         f"`{recipe}`",
-        f"{scores[0]['parameters']:,}",
-        f"{scores[0]['multiply_adds'] / 1e6:.1f} M",
-        epochs,
+        f"{scores['parameters']:,}",
+        f"{scores['multiply_adds'] / 1e6:.1f} M",
+        f"{runs} x " * (runs > 1) + f"{epochs}",
+        f"{runs * passes:.4g}",
         f"{minutes:.1f}",
-        f"**{accuracy:.2%}**{spread} (n={len(scores)})",
+        f"**{accuracy:.2%}**{spread} (n={len(seeds)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
     )
     return f"| {' | '.join(cells)} |".replace("%", " %").replace("  %", " %")
@@ -65,8 +68,8 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
 
 def table(root: Path = ROOT) -> str:
     lines = [
-        "| recipe | parameters | multiply-adds | epochs | minutes | test accuracy | the reference's |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | parameters | multiply-adds | epochs | passes | minutes | test accuracy | the reference's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [line for recipe in RECIPES if (line := row(recipe, root))]
     return "\n".join(lines) + "\n"

@@ -10,14 +10,18 @@ import time
 import torch
 
 import checkpoint
-from config import Settings, load_settings, run_script
+from config import OF_TRAINING, Settings, load_settings, run_script
 from data_preprocessing import load_images
 from model import choose_device, choose_precision, infer, keep_freed_memory
 
 
+class TeachSettings(Settings):
+    UNREAD = OF_TRAINING
+
+
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
-    settings = load_settings(arguments, Settings)
+    settings = load_settings(arguments, TeachSettings)
     print("settings:", settings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)

@@ -14,7 +14,7 @@ from pydantic import Field
 import checkpoint
 import plots
 import predict
-from config import Settings, load_settings, run_script
+from config import OF_TRAINING, Settings, load_settings, run_script
 from data_preprocessing import labels_by_name, load_images
 from metrics import calibration, confusion_matrix, per_class_scores, wilson_interval
 from model import choose_device, count_parameters, evaluate, infer, layers
@@ -24,6 +24,7 @@ TASKS = {2: "clothes or shoe", 10: "ten garments"}
 
 
 class TestSettings(Settings):
+    UNREAD = OF_TRAINING
     tta: Literal["none", "mirror"] = Field(
         "none", description="test-time averaging: mirror = the mean probability of each image and its mirror image"
     )

@@ -221,8 +221,8 @@ class Training:
             self.optimizer.lr = learning_rate(settings, done / total, valid_losses)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.averaged:  # the later steps count for more at first, because the start is random
-                average_into(self.averaged, self.network, min(settings.average, (2 + done) / (11 + done)))
+            if self.averaged:
+                average_into(self.averaged, self.network, settings.average, done + 1)
             partial["batches"] += 1
             if not bar.disable and partial["batches"] % 20 == 0:
                 seen, losses, correct = sums.tolist()

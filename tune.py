@@ -21,16 +21,27 @@ from pydantic import Field
 
 import checkpoint
 import plots
-from config import SEARCH, Settings, UserError, load_settings, run_script
+from config import Settings, UserError, load_settings, run_script
 from data_preprocessing import load_images, split_indices
 from model import choose_device, choose_precision, keep_freed_memory
 from training import Training, is_over
 
+SEARCH = {  # where it looks: choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
+    "lr": (1e-4, 3e-2),
+    "batch_size": [64, 128, 256, 512],
+    "epochs": (5, 30),
+    "weight_decay": (1e-5, 1e-1),
+    "dropout": (0.0, 0.5),
+    "augment.hflip": [0.0, 0.5],
+    "augment.shift": (0, 3),
+    "augment.erase": (0.0, 0.5),
+}
 NO_RECIPE = {"recipe", "data_dir", "out_dir", "seed", "device", "limit"}  # what is no part of a way to train
 HEARTBEAT = 20  # seconds; a worker that is silent for three of them is taken for dead, and its trial is tried again
 
 
 class TuneSettings(Settings):
+    UNREAD = frozenset({"folds", "runs"})
     trials: int = Field(50, ge=1, description="trials in all, of all workers and calls together")
     storage: str = Field("", description="where trials stand: a database URL; empty = the SQLite file out_dir/tune.db")
 

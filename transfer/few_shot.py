@@ -61,11 +61,11 @@ class FisherLearner:
         return F.normalize(features - self.mean, dim=-1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What `layers` wants of support images: `(N, D)`, the mean over each one's distorted copies."""
+        """What `fit` wants of support images: `(N, D)`, the mean over each one's distorted copies."""
         copies = [images, *(distort(images, self.generator) for _ in range(VIEWS))]
         return torch.stack([self._place(self.extract(copy)) for copy in copies]).mean(0)
 
-    def layers(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights `(E, C, D)` and biases `(E, C)`, for raw features, from embedded supports `(E, C, K, D)`."""
         prototypes = means = supports.mean(2)  # (E, C, D)
         for _ in range(self.rounds):
@@ -95,7 +95,7 @@ class AdamLearner:
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         return self.extract(images)
 
-    def layers(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As FisherLearner's."""
         episodes, classes, shots, size = supports.shape
         x = supports.reshape(episodes, classes * shots, size)

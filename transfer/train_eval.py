@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import plots
-from config import Settings, UserError, load_settings, resolve, run_script
+from config import OF_TRAINING, Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, load_images
 from metrics import wilson_interval
 from model import build, choose_device, freeze, infer
@@ -35,6 +35,7 @@ OURS, REFERENCE, UNTRAINED, PIXELS = "this repository", "the reference's way", "
 
 
 class TransferSettings(Settings):
+    UNREAD = OF_TRAINING
     shoes_dir: str = Field("", description="folder with train/CLASS/* and test/CLASS/* images; empty = transfer/shoes")
     out_dir: str = Field("transfer", min_length=1, description="folder for all that a run writes")
     shots: int = Field(0, ge=0, description="support images of each class; 0 = as many as the smallest folder in train/ has")
@@ -42,7 +43,9 @@ class TransferSettings(Settings):
     query: Literal["test", "pool"] = Field(
         "test", description="episodes are tested on test/ and extended/, or, to choose settings, on the rest of pool/"
     )
-    task1: str = Field("checkpoint.pt", description="Task 1's checkpoint, whose convolutions are used")
+    task1: str = Field(
+        "checkpoint.pt", description="whose convolutions are used: a checkpoint.pt (its last epoch's) or a best_model.pt"
+    )
     unlabelled: Literal[GARMENTS] = Field(  # type: ignore[valid-type]
         "Ankle boot", description="garment whose training images, unlabelled, help"
     )
@@ -69,7 +72,7 @@ def check_frozen(network: nn.Module, before: dict[str, torch.Tensor]) -> None:
     changed = [name for name, tensor in frozen.items() if not tensor.equal(before[name])]
     if trained != ["classifier.weight", "classifier.bias"] or changed:
         raise RuntimeError(f"trained {', '.join(trained)}; changed although frozen: {', '.join(changed) or 'nothing'}")
-    print(f"trained {', '.join(trained)}; the {len(frozen)} frozen tensors have the bits that the checkpoint has")
+    print(f"trained {', '.join(trained)}; the {len(frozen)} frozen tensors have the bits that they had before")
 
 
 def build_learners(saved: dict, network: Network, classes: int, unlabelled: torch.Tensor, settings: TransferSettings) -> dict:
@@ -110,7 +113,7 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     out = settings.out_path
     path = resolve(settings.task1)
-    saved = checkpoint.load(path, "checkpoint")
+    saved = checkpoint.load(path, "best_model" if path.name == "best_model.pt" else "checkpoint")
     network = checkpoint.rebuild(saved, path)
     before = copy.deepcopy(network.state_dict())
     network.to(choose_device(settings.device))
@@ -152,7 +155,7 @@ def main(arguments: list[str]) -> None:
         chance = torch.Generator().manual_seed(settings.seed) if at_random else None
         picks = draw_picks(parts[drawn].counts, k, settings.episodes, chance)
         for method, learner in learners.items():
-            layers = learner.layers(embedded[method][picks])
+            layers = learner.fit(embedded[method][picks])
             rows[method][k] = accuracies(queries[method], labels, layers, picks if choosing else None)
     tested = len(labels) - (len(classes) * shots if choosing else 0)  # images of an episode
     print(f"{settings.episodes} x {shots} images of each class; accuracy on {tested} images")
@@ -168,7 +171,7 @@ def main(arguments: list[str]) -> None:
     ours = learners[OURS]
     picks = draw_picks(parts[support].counts, shots, 1, None)
     supports = embedded[OURS] if support == drawn else ours.embed(parts[support].images)
-    weights, biases = ours.layers(supports[picks])
+    weights, biases = ours.fit(supports[picks])
     network = network.cpu()
     network.classifier = nn.Linear(weights.shape[2], len(classes))
     network.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
@@ -191,7 +194,7 @@ def main(arguments: list[str]) -> None:
     confidence, predicted = infer(network, test.images, saved["mean"], saved["std"]).softmax(1).max(1)
     titles = []
     for name, label, probability in zip(test.names(range(len(test.files))), predicted.tolist(), confidence.tolist()):
-        titles.append(f"{name}\n{classes[label]}, {probability:.1%}")
+        titles.append(f"{name}\npredicted {classes[label]}, {probability:.1%}")
         print(f"test {name}: predicted {classes[label]} ({probability:.2%})")
     is_right = (predicted == test.labels).tolist()
     colours = [plots.GREEN if right else plots.RED for right in is_right]
@@ -201,7 +204,7 @@ def main(arguments: list[str]) -> None:
     names = parts[support].names(picks.flatten().tolist())
     plots.draw_sheet(shown, names, shots, "What the last layer learns from", out / "plots" / "support.png")
     if at_random:
-        heading = f"{settings.episodes} episodes, {len(labels)} images"
+        heading = f"{settings.episodes} episodes, {len(labels)} test images"
         path = out / "plots" / "accuracy_by_shots.png"
         band = "its worst to its best episode"
         plots.draw_accuracy_by_count(rows, "support images of each class", heading, path, bands=1, band=band)

@@ -73,11 +73,6 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(root, word, told):
     assert "\n" not in str(refused.value)
 
 
-def test_batch_norm_is_for_networks_that_have_none(root):
-    with pytest.raises(UserError, match="batch_norm=true: resnet8 has batch normalisation of its own"):
-        load_settings(["batch_norm=true", "architecture=resnet8"], Settings)
-
-
 def test_runs_and_folds_exclude_each_other(root):
     with pytest.raises(UserError, match="runs=2 and folds=3: choose one"):
         load_settings(["runs=2", "folds=3"], Settings)

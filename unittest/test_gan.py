@@ -91,7 +91,7 @@ def test_samples_are_the_same_for_the_same_seed_alone(undisturbed):
 
 def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
     monkeypatch.setattr(gan, "COMPARED", 100)
-    monkeypatch.setattr(gan, "JUDGED", {"recipe": "fast", "epochs": 1})
+    monkeypatch.setattr(gan, "LEARNER", {"recipe": "fast", "epochs": 1})
     gan.main(["score", "limit=10000", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
     scores = json.loads((undisturbed[1] / "scores.json").read_text())
     assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no garments

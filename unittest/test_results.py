@@ -12,14 +12,14 @@ def write(folder, accuracy, seconds, tta="none"):
     folder.mkdir(parents=True)
     scores = {"parameters": 98_442, "multiply_adds": 1_994_240, "accuracy": accuracy, "tta": tta}
     (folder / "scores.json").write_text(json.dumps(scores))
-    lines = [{"seed": 0}, *({"epoch": epoch, "seconds": seconds} for epoch in (1, 2, 3))]
+    lines = [{"first_share": 1.0, "hard_share": 0.25}, *({"epoch": epoch, "seconds": seconds} for epoch in (1, 2, 3))]
     (folder / "history.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def test_a_row_is_the_mean_over_seeds_and_has_the_minutes_of_the_first(tmp_path):
     write(tmp_path / "runs" / "compact_cnn", 0.91, 20)
     write(tmp_path / "runs" / "compact_cnn" / "seed_1", 0.93, 40)
-    row = "| `compact_cnn` | 98,442 | 2.0 M | 3 | 1.0 | **92.00 %** ± 1.41 % (n=2) | 90.33 % |"
+    row = "| `compact_cnn` | 98,442 | 2.0 M | 3 | 1.5 | 1.0 | **92.00 %** ± 1.41 % (n=2) | 90.33 % |"
     assert results.row("compact_cnn", tmp_path) == row
     assert results.table(tmp_path).splitlines()[2:] == [row]
 

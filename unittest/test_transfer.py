@@ -90,8 +90,8 @@ def test_the_metric_shrinks_what_distortions_move_most(train_data):
 def test_an_episode_gives_the_same_layer_alone_and_among_others(rounds, train_data):
     learner = pixel_learner(train_data[0][:200], rounds)
     supports = learner.embed(train_data[0][200:248]).view(4, 3, 4, -1)
-    weights, biases = learner.layers(supports)
-    alone_weights, alone_biases = learner.layers(supports[2:3])
+    weights, biases = learner.fit(supports)
+    alone_weights, alone_biases = learner.fit(supports[2:3])
     assert weights.shape == (4, 3, 784) and biases.shape == (4, 3)
     assert torch.allclose(weights[2], alone_weights[0], rtol=1e-3, atol=1e-3)
     assert torch.allclose(biases[2], alone_biases[0], rtol=1e-3, atol=1e-3)
@@ -100,7 +100,7 @@ def test_an_episode_gives_the_same_layer_alone_and_among_others(rounds, train_da
 def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
     torch.manual_seed(0)
     supports, first = torch.randn(3, 2, 4, 20), torch.nn.Linear(20, 2)
-    weights, biases = few_shot.AdamLearner(lambda x: x, first, steps=30, lr=0.01).layers(supports)
+    weights, biases = few_shot.AdamLearner(lambda x: x, first, steps=30, lr=0.01).fit(supports)
     for episode in range(3):
         layer = torch.nn.Linear(20, 2)
         layer.load_state_dict(first.state_dict())
@@ -213,7 +213,7 @@ def spoil(folder, how):
         ("nothing", ["shots=5"], "only 4 images"),
         ("nothing", ["shots=5", "episodes=3"], "only 4 images"),
         ("nothing", ["task1=foreign.pt"], "no such file"),
-        ("nothing", ["task1=best_model.pt"], "is no checkpoint file"),
+        ("nothing", ["task1=runs/gan/generator.pt"], "is no checkpoint file"),
         ("nothing", ["unlabelled=boot"], "unlabelled=boot"),
     ],
 )

@@ -16,7 +16,7 @@ import optuna
 import pytest
 
 import tune
-from config import ROOT, SEARCH, Settings, UserError, load_settings, parse_augment
+from config import ROOT, Settings, UserError, load_settings, parse_augment
 
 SHORT = ["recipe=fast", "limit=300", "epochs=2", "valid_ratio=0.02"]
 
@@ -41,14 +41,14 @@ def test_a_search_without_a_finite_loss_ends_in_a_line(tmp_path):
 
 
 def test_settings_given_on_the_command_line_are_not_searched():
-    trial = optuna.trial.FixedTrial({name: space[0] for name, space in SEARCH.items()})
+    trial = optuna.trial.FixedTrial({name: space[0] for name, space in tune.SEARCH.items()})
     chosen = tune.draw(trial, {"lr", "augment"})
-    assert set(chosen) == {name for name in SEARCH if not name.startswith("augment.")} - {"lr"}
+    assert set(chosen) == {name for name in tune.SEARCH if not name.startswith("augment.")} - {"lr"}
 
 
 def test_everything_in_the_search_space_is_a_valid_setting():
     for end in (0, -1):
-        chosen = tune.draw(optuna.trial.FixedTrial({name: space[end] for name, space in SEARCH.items()}), set())
+        chosen = tune.draw(optuna.trial.FixedTrial({name: space[end] for name, space in tune.SEARCH.items()}), set())
         settings = load_settings([f"{name}={value}" for name, value in chosen.items()], Settings)
         assert parse_augment(settings.augment) == ({} if end == 0 else {"hflip": 0.5, "shift": 3, "erase": 0.5})
 
