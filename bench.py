@@ -40,7 +40,7 @@ import plots
 from checkpoint import lowest, read_history
 from config import OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, SHOES, batches, find_idx, load_images, normalise, split_indices
-from model import autocast, build, choose_device, choose_precision, evaluate, keep_freed_memory, layers
+from model import autocast, build, choose_device, choose_precision, evaluate, keep_freed_memory, layers, zero_sums
 from results import OURS, RECIPES, REFERENCES, minutes_and_accuracy
 from training import Training
 
@@ -180,7 +180,7 @@ def feed(settings: BenchSettings) -> None:
     x = normalise(training.images[training.train[: settings.batch_size]], training.mean, training.std)
     labels = training.labels[training.train[: settings.batch_size]]
     orders = batches(training.train, settings.batch_size)[:FEED_STEPS]
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = zero_sums(3, device)
 
     def step() -> None:
         training.optimizer.step()
@@ -317,6 +317,7 @@ def few(settings: BenchSettings) -> None:
     for seed in range(settings.repeats):
         for count, (epochs, gan_steps) in FEW.items():
             data = [f"seed={seed}", f"limit={count}"]
+            data += [f"{key}={getattr(settings, key)}" for key in ("data_dir", "device", "precision")]
             made = folder / f"gan_{count}_{seed}"
             passes = max(1, 6_400 // count)  # so that an epoch has 100 batches at least
             gan_epochs = round(gan_steps / (passes * count // 64))

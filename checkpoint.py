@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -88,9 +89,8 @@ def load(path: Path, kind: str) -> dict:
     return contents
 
 
-def check_resumable(contents: dict, settings: Settings, device: torch.device) -> None:
-    """Raises UserError if a checkpoint's contents were saved under other settings, or on another kind of device, whose random
-    numbers are others."""
+def check_resumable(contents: dict, settings: Settings, here: dict[str, str | int]) -> None:
+    """Raises UserError if a checkpoint's contents were saved under other settings. Says so if the machine `here` is another."""
     saved, made_on = contents["settings"], contents["machine"]
     if not isinstance(saved, dict) or not isinstance(made_on, dict):
         raise UserError("resume=true: the checkpoint doesn't say how it was made; train without resume")
@@ -105,8 +105,9 @@ def check_resumable(contents: dict, settings: Settings, device: torch.device) ->
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
-    if made_on.get("device") != device.type:
-        raise UserError(f"resume=true: the run began on {made_on.get('device')}, not on {device.type}; name that device")
+    others = [f"{key}={value} (was {made_on.get(key)})" for key, value in here.items() if value != made_on.get(key)]
+    if others:
+        print(f"goes on with {', '.join(others)}: its end will not have the bits of a run that nobody disturbed")
 
 
 def rebuild(contents: dict, path: Path) -> Network:
@@ -157,20 +158,25 @@ def machine(device: torch.device, precision: torch.dtype) -> dict[str, str | int
 def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Of `generator`, and of what dropout draws from, which is another one on each process: `(processes, length)`."""
     states = {"torch": torch.get_rng_state()}
-    if generator.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
+    device = generator.device.type
+    if device != "cpu":
+        states[device] = getattr(torch, device).get_rng_state()
     of_all = {name: parallel.whole(state.unsqueeze(0), parallel.count()) for name, state in states.items()}
     return {"generator": generator.get_state(), **of_all}
 
 
 def set_random_states(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-    """Go on from what `random_states` gave."""
-    generator.set_state(states["generator"])
+    """Go on from what `random_states` gave; on another kind of device, whose random numbers are others, from some others."""
+    state, device = states["generator"], generator.device.type
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state)
+    else:
+        generator.manual_seed(zlib.crc32(state.numpy().tobytes()))  # the same on each process
     row = parallel.rank()
     if row < len(states["torch"]):  # there may be more processes than before: those keep the state that they have
         torch.set_rng_state(states["torch"][row].clone())
-        if generator.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][row].clone())
+        if device != "cpu" and device in states:
+            getattr(torch, device).set_rng_state(states[device][row].clone())
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ Nothing here needs torch.
 """
 
 import difflib
+import io
 import json
 import os
 import shlex
@@ -167,6 +168,13 @@ class Settings(BaseModel):
         parse_augment(text)
         return text
 
+    @field_validator("dropout")
+    @classmethod
+    def _minus_one_or_a_probability(cls, dropout: float) -> float:
+        if -1 < dropout < 0:
+            raise ValueError("it should be a probability, or -1")
+        return dropout
+
     @field_validator("folds")
     @classmethod
     def _several_folds(cls, folds: int) -> int:
@@ -318,6 +326,8 @@ def describe(settings_type: type[Settings], values: dict) -> str:
 
 def run_script(main, arguments: list[str] | None = None) -> None:
     """Call `main(arguments)` and turn what the user can mend into one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be Unicode
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -227,7 +227,7 @@ def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, fl
     """Mean and standard deviation of all pixels of the uint8 images at `indices`, on the scale where 255 is 1."""
     total = squares = 0.0
     for chunk in indices.split(4096):  # 54,000 images at once would take 170 MB in float32
-        pixels = images[chunk].float()
+        pixels = images[chunk].cpu().float()  # not every device has float64
         total += pixels.sum(dtype=torch.float64).item()
         squares += pixels.square_().sum(dtype=torch.float64).item()
     count = images[0].numel() * len(indices)

@@ -11,6 +11,7 @@ All in out_dir, runs/gan by default; the settings are those of recipes/gan.json.
 
 import copy
 import difflib
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,10 +28,20 @@ from config import HELP, Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, batches, load_images, normalise, split_indices
 from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance, nearest
-from model import autocast, average_into, choose_device, choose_precision, count_parameters, evaluate, infer, keep_freed_memory
+from model import (
+    autocast,
+    average_into,
+    choose_device,
+    choose_precision,
+    count_parameters,
+    evaluate,
+    infer,
+    keep_freed_memory,
+    zero_sums,
+)
 from optimizer import Optimizer, learning_rate
 from stopping import Signals, Stopped, claimed, resuming
-from training import Training
+from training import Training, check_same_split
 
 GRID = 10  # samples of each class in a picture
 JUDGED_SAMPLES = 10_000
@@ -55,11 +66,18 @@ class GanSettings(Settings):
     @field_validator("classes")
     @classmethod
     def _known_classes(cls, text: str) -> str:
-        for name in filter(None, text.split(",")):
+        for name in text.split(",") if text else []:
             if name not in GARMENTS:
                 near = difflib.get_close_matches(name, GARMENTS, n=1, cutoff=0)[0]
                 raise ValueError(f"there is no class {name!r}, the nearest is {near!r}; known: {', '.join(GARMENTS)}")
         return text
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, schedule: str) -> str:
+        if schedule == "plateau":
+            raise ValueError("a GAN has no validation loss that could stall; choose another")
+        return schedule
 
 
 def precision_of(settings: GanSettings) -> torch.dtype:
@@ -104,7 +122,7 @@ class GanTraining:
         if self.partial is None:
             orders = [torch.randperm(len(self.train), generator=self.random, device=device) for _ in range(settings.passes)]
             order = self.train[torch.cat(orders)]
-            sums = torch.zeros(2, dtype=torch.float64, device=device)
+            sums = zero_sums(2, device)
             self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
         partial = self.partial
         indices = batches(partial["order"], settings.batch_size)
@@ -200,7 +218,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
     saved = checkpoint.load(out / "checkpoint.pt", "gan_checkpoint") if settings.resume else None
     history = saved["history"] if saved else []
     if saved:
-        checkpoint.check_resumable(saved, settings, device)
+        checkpoint.check_resumable(saved, settings, checkpoint.machine(device, precision))
         if len(history) >= settings.epochs:
             animate(saved["frames"], out)  # a kill may have come before it
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {len(history)}; there is nothing to resume")
@@ -234,7 +252,7 @@ def train(settings: GanSettings, arguments: list[str]) -> None:
                 line = training.train_epoch(len(history) + 1, signals.check)
             except Stopped:
                 save("checkpoint.pt", "gan_checkpoint", {**training.state_dict(), "history": history})
-                print(f"\ninterrupted in epoch {len(history) + 1}; all is saved: {resuming('gan.py', arguments)}")
+                print(f"\ninterrupted in epoch {len(history) + 1}; all is saved: {resuming(arguments)}")
                 raise
             history.append(line)
             save("generator.pt", "generator", {"parameters": training.averaged.state_dict()})
@@ -261,14 +279,21 @@ def sample(settings: GanSettings, _: list[str]) -> None:
     names = [name for name in GARMENTS if not settings.classes or name in settings.classes.split(",")]
     labels = torch.tensor([GARMENTS.index(name) for name in names]).repeat_interleave(settings.per_class)
     images = draw(generator, labels, settings.seed, settings.spread).squeeze(1).cpu().numpy()
-    folder = out / "samples"
+    folder, part = out / "samples", out / ".samples"
+    own = {garment.replace("/", "-") for garment in GARMENTS}
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # those of an earlier call
+        strangers = [path for path in folder.glob("*") if path.name not in own]
+        if strangers:
+            raise UserError(f"{strangers[0]}: is none of the classes' folders, which alone belong there; move it")
+        shutil.rmtree(part, ignore_errors=True)  # a kill may have left it
         for number, (label, image) in enumerate(zip(labels.tolist(), images)):
-            place = folder / GARMENTS[label].replace("/", "-") / f"{number % settings.per_class:05d}.png"
+            place = part / GARMENTS[label].replace("/", "-") / f"{number % settings.per_class:05d}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(place, compress_level=1)
+        shutil.rmtree(folder, ignore_errors=True)  # those of an earlier call
+        os.replace(part, folder)
     except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{folder}: can't be written ({error.strerror}); free some space or choose another out_dir") from None
     shown = images.reshape(len(names), settings.per_class, 28, 28)[:, :GRID]
     plots.draw_grid(shown.reshape(-1, 28, 28), names, "generated", out / "plots" / "generated.png")
@@ -303,6 +328,7 @@ def score(settings: GanSettings, _: list[str]) -> None:
     classifier = checkpoint.rebuild(saved, path).to(device)
     if tuple(saved["class_names"]) != GARMENTS:
         raise UserError(f"classifier={settings.classifier}: it doesn't tell the ten garments apart; name another")
+    check_same_split(path, saved.get("settings", {}), theirs["seed"], theirs["valid_ratio"])
     images, garments = load_images("train", settings.data_path)
     train, valid = split_indices(garments, theirs["valid_ratio"], theirs["seed"])
     train = train[: settings.limit or None]

@@ -172,6 +172,7 @@ def choose_device(wanted: str) -> torch.device:
         wanted = next(name for name, is_there in there.items() if is_there)
     if not there[wanted]:
         raise UserError(f"device={wanted}: torch finds none; use device=auto or device=cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     return torch.device(wanted)
 
 
@@ -192,6 +193,11 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which a network on this device computes in this precision."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def zero_sums(count: int, device: torch.device) -> torch.Tensor:
+    """`(count,)` zeros to add to: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def keep_freed_memory() -> None:
@@ -269,7 +275,7 @@ def train_one_epoch(
     sums: torch.Tensor,
     step: Callable[[], None],
 ) -> None:
-    """Train on `batches` of indices into `images`; add to `sums`, float64 `(3,)`: images, their cross-entropies, in nats,
+    """Train on `batches` of indices into `images`; add to `sums` `(3,)`: images, their cross-entropies, in nats,
     and how many were classified correctly.
 
     `heads` is a Heads, perhaps one that several processes train together: each computes its share of every batch, and all

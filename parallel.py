@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
+from config import UserError
+
 PATIENCE = timedelta(minutes=10)  # for the slowest of the processes
 
 
@@ -21,14 +23,17 @@ def start(device: torch.device) -> torch.device:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
     if device.type == "cuda":
+        processes, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > there:
+            raise UserError(f"{processes} processes, but {there} GPU here; start fewer, or say device=cpu")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        store, rank_here, processes = next(distributed.rendezvous("env://"))
+        store, rank_here, world_size = next(distributed.rendezvous("env://"))
         # its keys may outlive a restart; then a process would look for another's predecessor
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank_here, world_size=processes)
+        distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank_here, world_size=world_size)
     if rank():
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     return device
@@ -45,6 +50,13 @@ def rank() -> int:
 def has_restarted() -> bool:
     """Whether torchrun has started the processes again, because one of them had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def job() -> str:
+    """What the processes have in common that torchrun starts, also after a restart, and no other processes have; empty for
+    a process that was started alone."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"torchrun {os.getppid()}" if name == "none" else name  # none: what torchrun says unless --rdzv-id is given
 
 
 def share(rows: torch.Tensor) -> torch.Tensor:

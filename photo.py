@@ -1,5 +1,6 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,22 @@ WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its 
 
 
 def read_photographs(paths: Sequence[Path]) -> tuple[list[np.ndarray], torch.Tensor]:
-    """Image files as they are, RGB `(H, W, 3)` each, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
+    """Image files as a picture may show them, RGB `(H, W, 3)` each, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
 
     Raises UserError, naming the file, if one can't be read or shows nothing.
     """
-    images = [open_image(path) for path in paths]
-    views = np.stack([to_fashion_mnist(image, str(path)) for image, path in zip(images, paths)])
-    return [np.asarray(image) for image in images], torch.from_numpy(views)
+    originals, views = [], []
+    for path in paths:  # one at a time: a phone's photograph is large
+        image = open_image(path)
+        views.append(to_fashion_mnist(image, str(path)))
+        image.thumbnail((WORKING_SIDE, WORKING_SIDE))
+        originals.append(np.asarray(image))
+    return originals, torch.from_numpy(np.stack(views))
+
+
+def shown(name: str) -> str:
+    """A file's name as it can be printed and drawn: not every file system's names are Unicode."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def turned_left(views: torch.Tensor) -> torch.Tensor:
@@ -68,15 +78,19 @@ def _upright_rgb(path: Path) -> Image.Image:
         if image.width * image.height > MOST_PIXELS:
             raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
         image.load()
-        smaller = min(image.size) // (2 * WORKING_SIDE)
-        if smaller > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):  # the copies below would take a gigabyte
-            image = image.reduce(smaller)
-        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
         if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode in ("P", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+        elif image.mode == "1":
+            image = image.convert("L")
+        smaller = min(image.size) // (2 * WORKING_SIDE)
+        if smaller > 1:  # the copies below would take a gigabyte
+            image = image.reduce(smaller)
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")

@@ -395,11 +395,11 @@ def draw_predictions(
             inside = value > 0.8
             place_x, colour = (value - 0.02, "white") if inside else (value + 0.02, "black")
             bars.text(place_x, place, f"{value:.1%}", va="center", ha="right" if inside else "left", color=colour, fontsize=8)
-        bars.set_yticks(range(len(class_names)), class_names)
+        bars.set_yticks(range(len(class_names)), class_names, parse_math=False)
         bars.invert_yaxis()
         bars.set(xlim=(0, 1), xlabel="probability")
         bars.xaxis.set_major_formatter(PercentFormatter(1))
         told = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
-        bars.set_title(told, fontsize=9)
+        bars.set_title(told, fontsize=9, parse_math=False)
         bars.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

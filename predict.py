@@ -18,7 +18,7 @@ import plots
 from config import HELP, OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import labels_by_name, load_images
 from model import choose_device, infer
-from photo import read_photographs, turned_left
+from photo import read_photographs, shown, turned_left
 
 
 class PredictSettings(Settings):
@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> None:
     picture = out / "plots" / "prediction.png"
     if paths:
         originals, views = read_photographs(paths)
-        _report(network, saved, originals, turned_left(views), [path.name for path in paths], [None] * len(paths), picture)
+        _report(
+            network, saved, originals, turned_left(views), [shown(path.name) for path in paths], [None] * len(paths), picture
+        )
     else:
         images, garments = load_images("t10k", settings.data_path)
         index = settings.index if settings.index >= 0 else random.randrange(len(images))

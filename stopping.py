@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import parallel
@@ -43,10 +43,10 @@ class Signals:
             raise Stopped(received)
 
 
-def resuming(script: str, arguments: list[str]) -> str:
-    """The command that goes on with a run."""
-    start = ["python"] if parallel.count() == 1 else ["torchrun", f"--nproc_per_node={parallel.count()}"]
-    return shlex.join([*start, script, *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
+def resuming(arguments: list[str]) -> str:
+    """The command that goes on with this script's run."""
+    start = ["python"] if parallel.count() == 1 else ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*start, sys.argv[0], *(word for word in arguments if not word.startswith("resume=")), "resume=true"])
 
 
 def _is_alive(process: int) -> bool:
@@ -82,7 +82,7 @@ def claimed(folder: Path) -> Iterator[None]:
             process = part.name.split(".")[-2]
             if process.isdigit() and not _is_alive(int(process)):
                 part.unlink(missing_ok=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
-        file.flush()
+        with suppress(OSError):  # the disk may be full; what stands in the file is a courtesy
+            file.truncate(0)
+            os.write(file.fileno(), os.fsencode(f"process {os.getpid()} ({' '.join(sys.argv)})"))
         yield

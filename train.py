@@ -31,7 +31,17 @@ def save_checkpoint(out: Path, training: Training, run: int, history: list[dict]
     state = {**training.described(), **training.state_dict(), "history": history, "run": run}
     best = lowest(history) if history else None
     epoch = len(epochs_of(history, run))
-    checkpoint.save(out / "checkpoint.pt", {"kind": "checkpoint", **state, "epoch": epoch, "best": best})
+    state |= {"kind": "checkpoint", "epoch": epoch, "best": best, "job": parallel.job()}
+    checkpoint.save(out / "checkpoint.pt", state)
+
+
+def was_restarted(out: Path) -> bool:
+    """Whether torchrun has started this job again, after a checkpoint of its own: not before, and not after another's."""
+    if not parallel.has_restarted():
+        return False
+    is_ours = parallel.rank() == 0 and (out / "checkpoint.pt").exists()
+    is_ours = is_ours and checkpoint.load(out / "checkpoint.pt", "checkpoint").get("job") == parallel.job()
+    return bool(parallel.any_of(int(is_ours)))  # the first process decides
 
 
 def print_summary(network: nn.Module) -> None:
@@ -70,11 +80,11 @@ def main(arguments: list[str]) -> None:
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
     runs = settings.folds or settings.runs
-    goes_on = settings.resume or parallel.has_restarted()
+    goes_on = settings.resume or was_restarted(out)
     saved = checkpoint.load(out / "checkpoint.pt", "checkpoint") if goes_on else None
     history = saved["history"] if saved else []  # a line per epoch, of all runs
     if saved:
-        check_resumable(saved, settings, device)
+        check_resumable(saved, settings, checkpoint.machine(device, precision))
         if is_over(epochs_of(history, runs), settings):
             checkpoint.write_history(out / "history.jsonl", saved["settings"], history)  # somebody may have removed it
             draw_curves(out)  # a kill may have come before it
@@ -124,7 +134,7 @@ def main(arguments: list[str]) -> None:
                     line = training.train_epoch(len(epochs) + 1, [line["valid_loss"] for line in epochs], signals.check)
                 except Stopped:
                     save_checkpoint(out, training, run, history)
-                    print(f"\ninterrupted in epoch {len(epochs) + 1}; all is saved: {resuming('train.py', arguments)}")
+                    print(f"\ninterrupted in epoch {len(epochs) + 1}; all is saved: {resuming(arguments)}")
                     raise
                 history.append({"run": run, **line} if runs > 1 else line)
                 epochs = epochs_of(history, run)

@@ -28,6 +28,7 @@ from model import (
     train_one_epoch,
     whiten,
     with_batch_norm,
+    zero_sums,
 )
 from networks import Network
 from optimizer import Optimizer, learning_rate
@@ -44,13 +45,17 @@ def is_over(epochs: list[dict], settings: Settings) -> bool:
     return bool(epochs) and 0 < settings.patience <= len(epochs) - lowest(epochs)["epoch"]
 
 
-def check_same_split(path: Path, theirs: dict, settings: Settings, seed: int) -> None:
-    """Raises UserError if what is in `path`, trained under the settings `theirs`, has seen this run's validation images."""
-    if theirs["seed"] != seed or theirs["valid_ratio"] < settings.valid_ratio or theirs["folds"] or theirs["runs"] > 1:
+def check_same_split(path: Path, theirs: dict, seed: int, valid_ratio: float) -> None:
+    """Raises UserError if what is in `path`, trained under the settings `theirs`, has seen images that validate here."""
+    try:
+        split = {key: theirs[key] for key in ("seed", "valid_ratio", "folds", "runs")}
+        is_same = split["seed"] == seed and split["valid_ratio"] >= valid_ratio and not split["folds"] and split["runs"] == 1
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: doesn't say on which images it was trained; train it again") from None
+    if not is_same:
         raise UserError(
-            f"{path}: was trained with seed={theirs['seed']} valid_ratio={theirs['valid_ratio']} folds={theirs['folds']} "
-            f"runs={theirs['runs']}, so that it may have seen validation images of seed={seed} "
-            f"valid_ratio={settings.valid_ratio}; train it with the same"
+            f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
+            f"validation images of seed={seed} valid_ratio={valid_ratio}; train it with the same"
         )
 
 
@@ -63,7 +68,7 @@ def load_teacher(settings: Settings, seed: int, device: torch.device) -> Callabl
     path = resolve(settings.teacher)
     kind = "targets" if path.name == "targets.pt" else "best_model"
     saved = checkpoint.load(path, kind)
-    check_same_split(path, saved["settings"], settings, seed)
+    check_same_split(path, saved.get("settings", {}), seed, settings.valid_ratio)
     names = class_names(settings.output_dim)
     if tuple(saved["class_names"]) != names:
         raise UserError(
@@ -94,7 +99,7 @@ class Generated:
 
         path = resolve(settings.generator)
         generator, theirs = load_generator(path)
-        check_same_split(path, theirs, settings, seed)
+        check_same_split(path, theirs, seed, settings.valid_ratio)
         generator.to(device)
         made = max(1, round(count * settings.gan_share / (1 - settings.gan_share)))
         self.garments = torch.arange(made, device=device) % 10
@@ -210,7 +215,7 @@ class Training:
                 self.look_at(self.train[self.train >= len(self.images) - len(self.generated.garments)])
         if self.partial is None:
             order = epoch_order(self.train, count, self.image_losses, self.generator)
-            sums = torch.zeros(3, dtype=torch.float64, device=order.device)
+            sums = zero_sums(3, order.device)
             self.partial = {"order": order, "sums": sums, "batches": 0, "seconds": 0.0}
         partial, sums = self.partial, self.partial["sums"]
         before, total = sum(self.steps[: epoch - 1]), sum(self.steps)

@@ -12,7 +12,7 @@ from PIL import Image
 import checkpoint
 from config import ROOT, UserError
 from data_preprocessing import load_images
-from photo import read_photographs, turned_left
+from photo import read_photographs, shown, turned_left
 
 SHOES_DIR = ROOT / "transfer" / "shoes"  # its indices.json lists the images; the folders are written from the data set
 
@@ -48,7 +48,7 @@ class Part(NamedTuple):
     labels: torch.Tensor  # int64 (N,)
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        return [f"{self.files[index].parent.name} {self.files[index].stem}" for index in indices]
+        return [shown(f"{self.files[index].parent.name} {self.files[index].stem}") for index in indices]
 
 
 def read_part(folder: Path, are_photographs: bool) -> Part | None:
@@ -65,7 +65,7 @@ def read_part(folder: Path, are_photographs: bool) -> Part | None:
     views = torch.cat([read_photographs([path])[1] for path in files])  # one at a time: a phone's photograph is large
     images = (turned_left(views) if are_photographs else views).unsqueeze(1)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return Part(tuple(path.name for path in classes), counts, files, images, labels)
+    return Part(tuple(shown(path.name) for path in classes), counts, files, images, labels)
 
 
 def read_parts(folder: Path, names: tuple[str, ...], are_photographs: bool) -> dict[str, Part]:

@@ -49,6 +49,8 @@ def dry(words: list[str]) -> list[str]:
     """The command with what makes it short in place of its own."""
     script = next(word for word in words if word.endswith(".py"))
     short = DRY.get(Path(script).name, [])
+    if "resume=true" in words:
+        short = ["epochs=2", *short[1:]]
     keys = {word.partition("=")[0] for word in short}
     command = [word for word in words if word.partition("=")[0] not in keys] + short
     if command[0] == "torchrun":

@@ -1,9 +1,13 @@
+import os
+
 import pytest
 import torch
 
 from config import Settings, load_settings
 from data_preprocessing import load_images
 from model import build
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared with the CPU's, also by the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,12 @@ import sys
 import pytest
 
 import config
+import explore
+import predict
+import teach
+import test as test_script
 from config import Settings, UserError, load_settings, parse_augment
+from transfer import train_eval
 
 
 @pytest.fixture
@@ -40,6 +45,12 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
     assert load_settings(["data_dir=a=b"], Settings).data_dir == "a=b"
 
 
+@pytest.mark.parametrize("script", [test_script, predict, teach, explore, train_eval], ids=lambda script: script.__name__)
+def test_a_script_that_trains_no_network_refuses_the_settings_of_training(script):
+    with pytest.raises(UserError, match=r"lr=0\.1: means nothing here"):
+        script.main(["lr=0.1"])
+
+
 @pytest.mark.parametrize(
     "word, told",
     [
@@ -49,6 +60,7 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
         ("batch_size=", "valid integer"),
         ("batch_size=true", "valid integer"),
         ("lr=-1", "greater than 0"),
+        ("dropout=-0.5", "a probability, or -1"),
         ("lr=nan", "finite"),
         ("valid_ratio=1", "less than 1"),
         ("schedule=cosin", "cosine"),

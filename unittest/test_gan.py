@@ -92,7 +92,7 @@ def test_samples_are_the_same_for_the_same_seed_alone(undisturbed):
 def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
     monkeypatch.setattr(gan, "COMPARED", 100)
     monkeypatch.setattr(gan, "LEARNER", {"recipe": "fast", "epochs": 1})
-    gan.main(["score", "limit=10000", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
+    gan.main(["score", "limit=10000", "classifier=runs/compact_cnn_plus/best_model.pt", f"out_dir={undisturbed[1]}"])
     scores = json.loads((undisturbed[1] / "scores.json").read_text())
     assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no garments
     assert scores["gan_train"] < 0.7 < scores["real_train"]
@@ -103,7 +103,19 @@ def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
 
 def test_score_refuses_too_few_images_to_compare_with(undisturbed):
     with pytest.raises(UserError, match="limit=20: leaves fewer than two images of some class"):
-        gan.main(["score", "limit=20", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
+        gan.main(["score", "limit=20", "classifier=runs/compact_cnn_plus/best_model.pt", f"out_dir={undisturbed[1]}"])
+
+
+def test_a_classifier_that_has_seen_validation_images_is_no_judge(undisturbed):
+    with pytest.raises(UserError, match=r"fast/best_model\.pt: was trained with seed=0 valid_ratio=0\.05"):
+        gan.main(["score", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
+
+
+def test_samples_take_no_strangers_place(undisturbed):
+    (undisturbed[1] / "samples" / "holiday").mkdir(parents=True)
+    with pytest.raises(UserError, match="samples/holiday: is none of the classes' folders"):
+        gan.main(["sample", "per_class=1", f"out_dir={undisturbed[1]}"])
+    (undisturbed[1] / "samples" / "holiday").rmdir()
 
 
 def test_generated_images_are_their_share_of_training(undisturbed, tmp_path, monkeypatch):
@@ -157,6 +169,8 @@ def test_fresh_images_are_chosen_by_their_own_losses(undisturbed, train_data, mo
         (["sample", "per_class=0"], "per_class=0"),
         (["train", "runs=4"], "runs=4: means nothing here"),
         (["train", "batch_norm=true"], "batch_norm=true: means nothing here"),
+        (["train", "schedule=plateau"], "no validation loss that could stall"),
+        (["sample", "classes=,"], "there is no class ''"),
         (["sample"], "generator.pt: there is no such file"),
         (["train", "resume=true"], "checkpoint.pt: there is no such file"),
     ],

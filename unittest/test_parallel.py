@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import parallel
+import train
 from config import ROOT, Settings, UserError, load_settings
 from data_preprocessing import load_images, split_indices
 from stopping import Stopped
@@ -84,6 +85,25 @@ def test_a_batch_of_fewer_images_than_processes_is_refused(train_data, monkeypat
     monkeypatch.setattr(parallel, "count", lambda: 2)
     with pytest.raises(UserError, match="2 processes can't share a batch of 1;"):
         state.train_epoch(1, [])
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes, but 1 GPU here"):
+        parallel.start(torch.device("cuda"))
+
+
+def test_a_restart_goes_on_from_a_checkpoint_of_its_own_job_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(parallel, "job", lambda: "one")
+    words = ["limit=600", "valid_ratio=0.02", f"out_dir={tmp_path}"]
+    assert not train.was_restarted(tmp_path)  # the first worker died before it could save
+    train.main([*words, "epochs=1"])
+    assert train.was_restarted(tmp_path)
+    monkeypatch.setattr(parallel, "job", lambda: "another")
+    assert not train.was_restarted(tmp_path)
 
 
 def test_a_killed_worker_is_replaced_and_the_end_is_the_same(tmp_path):

@@ -106,6 +106,14 @@ def test_a_photograph_turned_by_its_camera_is_upright(tmp_path):
     assert open_image(tmp_path / "turned.jpg").size == (300, 400)
 
 
+@pytest.mark.parametrize("mode", ["1", "P", "RGBA", "CMYK"])
+def test_a_large_image_is_reduced_before_it_is_copied(mode, tmp_path):
+    path = tmp_path / "large.tiff"
+    photograph().resize((2700, 3600)).convert(mode).save(path)
+    image = open_image(path)
+    assert image.size == (900, 1200) and image.mode == "RGB"
+
+
 @pytest.mark.parametrize(
     "write, complaint",
     [

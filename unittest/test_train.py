@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_a_signal_ends_the_batch_and_saves_all(kind, step, number, code, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(training, "learning_rate", signalling)
+        patch.setattr(sys, "argv", ["train.py"])
         run_script(train.main, [*SHORT, *KINDS[kind], f"out_dir={ended}"])
     assert end.value.code == code and len(calls) == step
     assert f"python train.py {' '.join(SHORT)}" in capsys.readouterr().out.splitlines()[-1]
@@ -158,10 +160,13 @@ def test_a_validation_loss_that_is_not_finite_is_not_taken_for_the_lowest(tmp_pa
     assert not (tmp_path / "best_model.pt").exists()
 
 
-def test_a_run_of_another_kind_of_device_is_not_resumed(undisturbed, tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", {**undisturbed[0], "machine": {"device": "another"}})
-    with pytest.raises(UserError, match="began on another"):
-        run(tmp_path, "epochs=4", "resume=true")
+def test_a_run_of_another_kind_of_device_goes_on_and_says_so(undisturbed, tmp_path, capsys):
+    random = {**undisturbed[0]["random"], "generator": torch.zeros(16, dtype=torch.uint8)}  # a GPU's state is that long
+    machine = {**undisturbed[0]["machine"], "device": "cuda"}
+    checkpoint.save(tmp_path / "checkpoint.pt", {**undisturbed[0], "machine": machine, "random": random})
+    shutil.copyfile(undisturbed[1] / "best_model.pt", tmp_path / "best_model.pt")
+    assert run(tmp_path, "epochs=4", "resume=true")["epoch"] == 4
+    assert "goes on with device=cpu (was cuda): its end will not have the bits" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_resumed_but_its_history_is_written_if_it_is_missing(undisturbed, tmp_path, capsys):
@@ -364,6 +369,9 @@ def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_cla
     ):
         with pytest.raises(UserError, match=told):
             run(tmp_path, teacher, word)
+    checkpoint.save(tmp_path / "x.pt", {**torch.load(undisturbed[1] / "best_model.pt"), "settings": {"seed": 0}})
+    with pytest.raises(UserError, match="doesn't say on which images it was trained"):
+        run(tmp_path, f"teacher={tmp_path / 'x.pt'}")
 
 
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path, capsys):

@@ -146,6 +146,14 @@ def test_a_frozen_tensor_that_changed_is_noticed(task1):
         train_eval.check_frozen(network, task1["parameters"])
 
 
+def test_any_recipes_network_can_be_the_frozen_one(own_shoes, tmp_path):
+    path = ROOT / "runs" / "compact_cnn_plus" / "best_model.pt"
+    train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={path}"])
+    kept, theirs = (checkpoint.load(file, "best_model")["parameters"] for file in (tmp_path / "best_model.pt", path))
+    assert all(tensor.equal(theirs[name]) for name, tensor in kept.items() if "features" in name)
+    assert json.loads((tmp_path / "scores.json").read_text())["accuracy_mean"] > 0.9
+
+
 def test_own_classes_are_learnt_and_the_scores_agree_with_the_kept_network(ran, own_shoes):
     scores = json.loads((ran / "scores.json").read_text())
     kept = checkpoint.load(ran / "best_model.pt", "best_model")
