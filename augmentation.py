@@ -88,8 +88,8 @@ def _erase(images: torch.Tensor, probability: float, generator: torch.Generator)
     rows = inside((area * ratio).sqrt()) & chosen.unsqueeze(1)
     columns = inside((area / ratio).sqrt())
     erased = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)  # (N, 1, 28, 28)
-    eights = torch.randint(-(2**63), 2**63 - 1, (count, 28 * 28 // 8), generator=generator, device=device)  # bytes a number
-    noise = eights.view(torch.uint8).view(images.shape)
+    words = torch.randint(-(2**63), 2**63 - 1, (count, 28 * 28 // 8), generator=generator, device=device)  # 8 bytes each
+    noise = words.view(torch.uint8).view(images.shape)
     return torch.where(erased, noise, images)
 
 

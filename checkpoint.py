@@ -114,7 +114,7 @@ def rebuild(contents: dict, path: Path) -> Network:
     """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
     try:
         network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])
-        if contents["kind"] == "checkpoint" and contents["settings"].get("batch_norm"):
+        if contents["kind"] == "checkpoint" and contents["settings"].get("batch_norm"):  # folded into best_model.pt's weights
             with_batch_norm(network)
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{path}: names no network that is known here; train again") from None
