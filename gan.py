@@ -282,7 +282,7 @@ def sample(settings: GanSettings, _: list[str]) -> None:
     folder, part = out / "samples", out / ".samples"
     own = {garment.replace("/", "-") for garment in GARMENTS}
     try:
-        strangers = [path for path in folder.glob("*") if path.name not in own]
+        strangers = [path for path in folder.glob("[!.]*") if path.name not in own]
         if strangers:
             raise UserError(f"{strangers[0]}: is none of the classes' folders, which alone belong there; move it")
         shutil.rmtree(part, ignore_errors=True)  # a kill may have left it
