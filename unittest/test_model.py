@@ -62,6 +62,12 @@ def test_settings_know_the_networks_by_their_names():
     assert set(kinds["init"].annotation.__args__) == {"default", *INITS}
 
 
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "fast_cnn"])
+def test_batch_normalisation_is_added_to_no_network_that_has_it(name):
+    with pytest.raises(UserError, match="batch_norm=true: this architecture has batch normalisation of its own"):
+        with_batch_norm(build(name, 10))
+
+
 def test_the_summary_counts_every_parameter_and_the_multiply_adds():
     network = build("resnet8", 10).train()
     rows = layers(network)
