@@ -251,12 +251,15 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
         if not equals:
             raise UserError(f"{word!r} is not understood; settings are written key=value, and help lists them")
         given[key] = value
-    merged = _read_json(ROOT / "config.json")
+    merged, recipe = _read_json(ROOT / "config.json"), {}
     if given.get("recipe"):
         recipes = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.json"))}
         if given["recipe"] not in recipes:
             raise UserError(f"recipe={given['recipe']}: there is no such recipe; known: {', '.join(recipes) or 'none yet'}")
-        merged |= _read_json(recipes[given["recipe"]])
+        recipe = _read_json(recipes[given["recipe"]])
+        if "recipe" in recipe:
+            raise UserError(f"{recipes[given['recipe']]}: names a recipe; recipes don't build on each other, copy its settings")
+        merged |= recipe
     if helps:
         print(describe(settings_type, merged | given))
         raise SystemExit(0)
@@ -266,12 +269,15 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
     try:
         return settings_type(**merged)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0], settings_type)) from None
+        problem = error.errors()[0]
+        names = set(problem["loc"]) & recipe.keys() - given.keys()
+        where = f"recipes/{given['recipe']}.json: " if names else ""
+        raise UserError(where + _explain(problem, settings_type)) from None
 
 
 def _read_json(path: Path) -> dict:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

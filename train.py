@@ -75,6 +75,8 @@ def print_runs(kept: list[dict], name: str) -> None:
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TrainSettings)
+    if settings.recipe == "gan":
+        raise UserError("recipe=gan: is what python gan.py train learns; name another")
     out = settings.out_path
     device = parallel.start(choose_device(settings.device))
     precision = choose_precision(settings.precision, device)
@@ -90,8 +92,12 @@ def main(arguments: list[str]) -> None:
             draw_curves(out)  # a kill may have come before it
             print(f"{out / 'checkpoint.pt'}: this run ended with epoch {history[-1]['epoch']}; there is nothing to resume")
             return
+    if history and not (out / "best_model.pt").exists():
+        raise UserError(f"{out / 'best_model.pt'}: is gone, and checkpoint.pt has the last epoch only; train without resume")
     kept = checkpoint.load(out / "best_model.pt", "best_model") if history else {}  # the best so far
     print("settings:", settings)
+    if not saved and (out / "checkpoint.pt").exists():
+        print(f"begins anew, over the training in {out}; resume=true would go on with it")
 
     # ---- data: all images stay uint8 on the device, splits are lists of indices into them -----------------------------
     images, garments = load_images("train", settings.data_path)

@@ -68,7 +68,7 @@ def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
 
 def open_study(url: str, settings: TuneSettings) -> optuna.Study:
     """The trials at `url`, new or old. Raises UserError if that is no database that can be reached."""
-    optuna.logging.set_verbosity(logging.WARNING)
+    optuna.logging.set_verbosity(logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
     attempts = 3
     while True:
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> None:
     url = settings.storage or f"sqlite:///{out / 'tune.db'}"
     study = open_study(url, settings)
     theirs = study.user_attrs.get("words", same)
-    if theirs != same:
+    if theirs != same and any(trial.state.name != "FAIL" for trial in study.get_trials(deepcopy=False)):
         raise UserError(
             f"{url}: its trials were made with {' '.join(theirs)}; say the same, or name another out_dir or storage"
         )
@@ -153,13 +153,19 @@ def main(arguments: list[str]) -> None:
     enough = optuna.study.MaxTrialsCallback(settings.trials, states=counted)
     done = study.get_trials(states=counted)
     if len(done) < settings.trials:
-        study.optimize(objective, callbacks=[tell, enough])
+        try:
+            study.optimize(objective, callbacks=[tell, enough])
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the trials that have ended are in {url}, and the same command goes on")
+            raise
 
     # ---- report -------------------------------------------------------------------------------------------------------
     completed = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     ended = [trial for trial in completed if trial.value is not None and math.isfinite(trial.value)]
     if not ended:
-        raise UserError(f"{url}: no trial has ended with a finite loss yet; raise trials={settings.trials}")
+        raise UserError(
+            f"{url}: no trial has ended with a finite loss yet; raise trials={settings.trials}, or try smaller learning rates"
+        )
     found = json.loads(study.best_trial.user_attrs["settings"])
     best = load_settings([*words, *(f"{name}={value}" for name, value in found.items())], Settings).model_dump()
     task_1 = load_settings([], Settings).model_dump()

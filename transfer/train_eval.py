@@ -35,7 +35,7 @@ OURS, REFERENCE, UNTRAINED, PIXELS = "this repository", "the reference's way", "
 
 
 class TransferSettings(Settings):
-    UNREAD = OF_TRAINING
+    UNREAD = OF_TRAINING | {"recipe"}
     shoes_dir: str = Field("", description="folder with train/CLASS/* and test/CLASS/* images; empty = transfer/shoes")
     out_dir: str = Field("transfer", min_length=1, description="folder for all that a run writes")
     shots: int = Field(0, ge=0, description="support images of each class; 0 = as many as the smallest folder in train/ has")
@@ -112,6 +112,8 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TransferSettings)
     print("settings:", settings)
     out = settings.out_path
+    if (out / "checkpoint.pt").exists():
+        raise UserError(f"{out}: holds a training, whose best_model.pt would be overwritten; name another out_dir")
     path = resolve(settings.task1)
     saved = checkpoint.load(path, "best_model" if path.name == "best_model.pt" else "checkpoint")
     network = checkpoint.rebuild(saved, path)

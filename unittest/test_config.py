@@ -45,6 +45,13 @@ def test_the_value_is_all_after_the_first_equals_sign(root):
     assert load_settings(["data_dir=a=b"], Settings).data_dir == "a=b"
 
 
+def test_a_recipes_mistake_is_told_with_the_file_that_has_it(root):
+    for settings, told in (({"epochs": "one"}, "recipes/quick.json: epochs=one"), ({"recipe": "fast"}, "names a recipe")):
+        (root / "recipes" / "quick.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=told):
+            load_settings(["recipe=quick"], Settings)
+
+
 @pytest.mark.parametrize("script", [test_script, predict, teach, explore, train_eval], ids=lambda script: script.__name__)
 def test_a_script_that_trains_no_network_refuses_the_settings_of_training(script):
     with pytest.raises(UserError, match=r"lr=0\.1: means nothing here"):

@@ -200,6 +200,19 @@ def test_resuming_from_another_networks_state_is_refused(undisturbed, tmp_path):
         run(tmp_path, "resume=true")
 
 
+def test_resuming_without_the_best_network_is_refused(undisturbed, tmp_path):
+    shutil.copyfile(undisturbed[1] / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"best_model\.pt: is gone"):
+        run(tmp_path, "epochs=4", "resume=true")
+
+
+def test_beginning_anew_over_a_training_is_said(tmp_path, capsys):
+    run(tmp_path, "epochs=1")
+    assert "begins anew" not in capsys.readouterr().out
+    run(tmp_path, "epochs=1")
+    assert f"begins anew, over the training in {tmp_path}" in capsys.readouterr().out
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         run(tmp_path, "resume=true")

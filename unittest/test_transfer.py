@@ -146,6 +146,12 @@ def test_a_frozen_tensor_that_changed_is_noticed(task1):
         train_eval.check_frozen(network, task1["parameters"])
 
 
+def test_a_trainings_best_network_is_not_overwritten(own_shoes, task1, tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", task1)
+    with pytest.raises(UserError, match="holds a training"):
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}"])
+
+
 def test_any_recipes_network_can_be_the_frozen_one(own_shoes, tmp_path):
     path = ROOT / "runs" / "compact_cnn_plus" / "best_model.pt"
     train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={path}"])
@@ -223,6 +229,7 @@ def spoil(folder, how):
         ("nothing", ["task1=foreign.pt"], "no such file"),
         ("nothing", ["task1=runs/gan/generator.pt"], "is no checkpoint file"),
         ("nothing", ["unlabelled=boot"], "unlabelled=boot"),
+        ("nothing", ["recipe=fast"], "recipe=fast: means nothing here"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(how, words, complaint, own_shoes, tmp_path):
