@@ -41,7 +41,7 @@ from checkpoint import lowest, read_history
 from config import OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
 from data_preprocessing import IDX_FILES, SHOES, batches, find_idx, load_images, normalise, split_indices
 from model import autocast, build, choose_device, choose_precision, evaluate, keep_freed_memory, layers, zero_sums
-from results import OURS, RECIPES, REFERENCES, minutes_and_accuracy
+from results import OURS, RECIPES, REFERENCES, minutes_and_accuracy, read_seeds
 from training import Training
 
 ORDINARY = {  # architecture -> batch size, learning rate and epochs of its reference
@@ -355,7 +355,7 @@ def fast(settings: BenchSettings, folder: str, train: list[str]) -> None:
         if accuracy >= REFERENCES["resnet8"]:
             break
     print(told("ratio", [ordinary[-1][0] * 60 / mine for mine in ours], "times"))
-    recipes = {recipe: point for recipe in RECIPES if (point := minutes_and_accuracy(recipe))}
+    recipes = {recipe: minutes_and_accuracy(seeds) for recipe in RECIPES if (seeds := read_seeds(recipe))}
     recipes["fast"] = (statistics.mean(ours) / 60, statistics.mean(accuracies))
     path = ROOT / "plots" / "time_to_accuracy.png"
     plots.draw_time_to_accuracy(recipes, OURS, ordinary, path)

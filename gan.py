@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 from augmentation import augment
-from config import HELP, Settings, UserError, load_settings, resolve, run_script
+from config import HELP, OF_TRAINING, Settings, UserError, load_settings, resolve, run_script
 from data_preprocessing import GARMENTS, batches, load_images, normalise, split_indices
 from gan_model import CLASSES, NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
 from metrics import frechet_distance, mean_distance, nearest
@@ -52,10 +52,7 @@ DISCRIMINATORS_LR = 2  # times the generator's: two time scales, Heusel et al. 2
 
 
 class GanSettings(Settings):
-    UNREAD = frozenset(
-        "architecture pretrained dropout activation init whiten batch_norm output_dim scaling folds runs label_smoothing "
-        "teacher teacher_share temperature augment gan_share gan_fresh generator first_share hard_share patience".split()
-    )
+    UNREAD = OF_TRAINING - frozenset("valid_ratio epochs optimizer lr weight_decay average schedule warmup auxiliary".split())
     resume: bool = Field(False, description="train: go on from out_dir/checkpoint.pt")
     passes: int = Field(1, ge=1, le=10_000, description="train: how often an epoch goes over all images")
     per_class: int = Field(100, ge=1, le=100_000, description="sample: images of each class")

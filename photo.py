@@ -80,6 +80,7 @@ def _upright_rgb(path: Path) -> Image.Image:
         image.load()
         if image.mode == "F":
             raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
+        ImageOps.exif_transpose(image, in_place=True)  # first: what is made of the image below no longer knows how it was held
         if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("P", "PA") or "transparency" in image.info:
@@ -89,7 +90,6 @@ def _upright_rgb(path: Path) -> Image.Image:
         smaller = min(image.size) // (2 * WORKING_SIDE)
         if smaller > 1:  # the copies below would take a gigabyte
             image = image.reduce(smaller)
-        image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

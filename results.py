@@ -31,22 +31,18 @@ def read_seeds(recipe: str, root: Path = ROOT) -> list[tuple[dict, dict, list[di
     return [(score, *read_history(path / "history.jsonl")) for path, score in zip(folders, scores)]
 
 
-def minutes_and_accuracy(recipe: str, root: Path = ROOT) -> tuple[float, float] | None:
-    """Minutes that seed 0's training took, mean over seeds of the test accuracy in 0..1. None for a recipe without scores."""
-    seeds = read_seeds(recipe, root)
-    if not seeds:
-        return None
+def minutes_and_accuracy(seeds: list[tuple[dict, dict, list[dict]]]) -> tuple[float, float]:
+    """Minutes that seed 0's training took, mean over seeds of the test accuracy in 0..1, of what `read_seeds` gave."""
     minutes = sum(line["seconds"] for line in seeds[0][2]) / 60
     return minutes, statistics.mean(scores["accuracy"] for scores, _, _ in seeds)
 
 
 def row(recipe: str, root: Path = ROOT) -> str | None:
     """A recipe's line of the table, None if it has no scores."""
-    means = minutes_and_accuracy(recipe, root)
-    if means is None:
-        return None
-    minutes, accuracy = means
     seeds = read_seeds(recipe, root)
+    if not seeds:
+        return None
+    minutes, accuracy = minutes_and_accuracy(seeds)
     scores, settings, history = seeds[0]
     spread = f" ± {statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2%}" if len(seeds) > 1 else ""
     runs = history[-1].get("run", 1)

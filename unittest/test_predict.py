@@ -102,8 +102,10 @@ def test_an_animation_is_its_first_frame(tmp_path):
 def test_a_photograph_turned_by_its_camera_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    photograph().save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (300, 400)
+    deep = Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257)
+    for image, name in ((photograph(), "turned.jpg"), (deep, "turned.png"), (photograph().convert("P"), "palette.png")):
+        image.save(tmp_path / name, exif=exif)
+        assert open_image(tmp_path / name).size == (300, 400)
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "RGBA", "CMYK"])
