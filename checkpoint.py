@@ -1,31 +1,33 @@
-"""Saving and loading: whole files or none, and nothing but tensors, numbers, strings, lists and dicts inside."""
+"""Files: written whole or not at all, and with nothing but tensors, numbers, strings, lists and dicts inside."""
 
 import io
 import json
 import os
 import platform
+import time
 import warnings
 import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import parallel
+import distributed
 from config import Settings, UserError
-from model import build, folded, with_batch_norm
-from networks import Network
 
-NETWORK_KEYS = {"architecture", "activation", "output_dim", "class_names", "mean", "std", "parameters", "epoch"}
-KEYS = {  # what a file must hold to be of its kind
-    "best_model": NETWORK_KEYS,
-    "checkpoint": NETWORK_KEYS
-    | {"settings", "averaged", "auxiliary", "optimizer", "history", "best", "random", "run", "partial", "machine"},
-    "targets": {"log_probabilities", "class_names", "settings", "epoch"},
-    "generator": {"parameters", "settings", "epoch"},
-    "gan_checkpoint": {"generator", "averaged", "discriminator", "optimizers", "history", "random", "settings", "frames"}
-    | {"partial", "machine"},
+METADATA = {"architecture", "activation", "output_dim", "class_names", "settings", "versions", "machine", "epoch", "best"}
+_MODEL = {"architecture", "activation", "output_dim", "class_names", "model", "epoch"}
+_STATE = {"settings", "machine", "ema", "optimizer", "rng", "history", "run"}
+KINDS = {  # kind of file -> (keys it must have, the script that makes it)
+    "best_model": (_MODEL, "train.py"),
+    "checkpoint": (_MODEL | _STATE, "train.py"),
+    "soft_targets": ({"log_probabilities", "class_names", "settings", "epoch"}, "tools/soft_targets.py"),
+    "generator": ({"model", "settings", "epoch"}, "gan/train.py"),
+    "gan_checkpoint": (_STATE | {"generator", "discriminator", "samples"}, "gan/train.py"),
 }
+REPLACE_ATTEMPTS = 50  # a tenth of a second apart
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
 
@@ -35,7 +37,7 @@ def write_atomically(path: Path, contents: bytes) -> None:
     Of several processes that train together only the first one writes.
     Raises UserError, with the old file untouched, if the disk is full or the folder can't be written.
     """
-    if parallel.rank():
+    if distributed.rank():
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -44,13 +46,22 @@ def write_atomically(path: Path, contents: bytes) -> None:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _replace(part, path)
     except OSError as error:
-        try:
+        with suppress(OSError):  # its folder is what can't be written
             part.unlink(missing_ok=True)
-        except OSError:  # its folder is what can't be written
-            pass
         raise UserError(f"{path}: can't be written ({error.strerror}); free some space or choose another out_dir") from None
+
+
+def _replace(part: Path, path: Path) -> None:
+    """os.replace, tried again for some seconds: on Windows a reader or a virus scanner may hold the old file for a moment."""
+    for attempt in range(REPLACE_ATTEMPTS):
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            if attempt == REPLACE_ATTEMPTS - 1 or not os.access(path.parent, os.W_OK):
+                raise
+            time.sleep(0.1)
 
 
 def save(path: Path, contents: dict) -> None:
@@ -64,73 +75,36 @@ def save_json(path: Path, contents: dict) -> None:
     write_atomically(path, (json.dumps(contents, indent=2) + "\n").encode())
 
 
-def load(path: Path, kind: str) -> dict:
-    """The dict that `save` wrote with `contents["kind"] == kind`, on the CPU; no code inside the file ever runs.
+def load(path: Path, *kinds: str) -> dict:
+    """The dict that `save` wrote, on the CPU, whose "kind" is one of `kinds`, of KINDS. No code inside the file ever runs.
 
-    `kind`: one of KEYS.
-
-    Raises UserError if the file is missing, damaged, foreign, malicious or of another kind.
+    Raises UserError if the file is missing, damaged, foreign, malicious, of another kind or of an older version.
     """
+    script, kind_here = KINDS[kinds[0]][1], f"{kinds[0]} file of this version of the project"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's, about foreign files; the line below says what matters
+            warnings.simplefilter("ignore")  # torch's, about foreign files; the error below says what matters
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        script = {"targets": "teach.py", "generator": "gan.py train", "gan_checkpoint": "gan.py train"}.get(kind, "train.py")
         raise UserError(f"{path}: there is no such file; python {script} with the same recipe and out_dir makes it") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, expected a {kind} file") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); expected a {kind_here}") from None
     except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code
         raise UserError(f"{path}: is damaged, or holds more than plain tensors and numbers; train again") from None
-    if not isinstance(contents, dict) or contents.get("kind") != kind or KEYS[kind] - contents.keys():
-        raise UserError(f"{path}: is no {kind} file of this project; train again or name another out_dir")
+    kind = contents.get("kind") if isinstance(contents, dict) else None
+    if kind not in kinds or KINDS[kind][0] - contents.keys():
+        raise UserError(f"{path}: is no {kind_here}; train again or name another out_dir")
     return contents
 
 
-def check_resumable(contents: dict, settings: Settings, here: dict[str, str | int]) -> None:
-    """Raises UserError if a checkpoint's contents were saved under other settings. Says so if the machine `here` is another."""
-    saved, made_on = contents["settings"], contents["machine"]
-    if not isinstance(saved, dict) or not isinstance(made_on, dict):
-        raise UserError("resume=true: the checkpoint doesn't say how it was made; train without resume")
-    saved = {key: field.default for key, field in type(settings).model_fields.items()} | saved  # a setting may be newer
-    may_differ = MAY_DIFFER_ON_RESUME
-    if settings.folds or settings.runs > 1:  # of those that have ended, the file has no network that could go on
-        may_differ = may_differ - {"epochs"}
-    differ = [
-        f"{key}={value} (was {saved[key]})"
-        for key, value in settings.model_dump().items()
-        if key not in may_differ and value != saved[key]
-    ]
-    if differ:
-        raise UserError(f"resume=true: the checkpoint was made under other settings: {', '.join(differ)}")
-    others = [f"{key}={value} (was {made_on.get(key)})" for key, value in here.items() if value != made_on.get(key)]
-    if others:
-        print(f"goes on with {', '.join(others)}: its end will not have the bits of a run that nobody disturbed")
-
-
-def rebuild(contents: dict, path: Path) -> Network:
-    """The network in a file's contents, in evaluation mode. Raises UserError if the parameters don't fit or aren't finite."""
+def load_parameters(module: nn.Module, state_dict: dict, path: Path) -> None:
+    """Fill the module from the file at `path`. Raises UserError if the parameters don't fit or aren't finite."""
     try:
-        network = build(contents["architecture"], contents["output_dim"], activation=contents["activation"])
-        if contents["kind"] == "checkpoint" and contents["settings"].get("batch_norm"):  # folded into best_model.pt's weights
-            with_batch_norm(network)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: names no network that is known here; train again") from None
-    fill(network, contents, path)
-    return folded(network)
-
-
-def fill(network: nn.Module, contents: dict, path: Path) -> None:
-    """Put a file's parameters into a network, and that into evaluation mode. Raises UserError as `rebuild` does."""
-    try:
-        network.load_state_dict(contents["parameters"])
+        module.load_state_dict(state_dict)
     except (TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: its parameters don't fit the network; train again") from None
-    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
+        raise UserError(f"{path}: its parameters don't fit the model; train again") from None
+    if not all(torch.isfinite(tensor).all() for tensor in module.state_dict().values()):
         raise UserError(f"{path}: some of its parameters are not finite; train again")
-    network.eval()
 
 
 def write_history(path: Path, settings: dict, epochs: list[dict]) -> None:
@@ -139,45 +113,89 @@ def write_history(path: Path, settings: dict, epochs: list[dict]) -> None:
 
 
 def read_history(path: Path) -> tuple[dict, list[dict]]:
-    """The resolved settings and the line of each epoch, in history.jsonl."""
+    """The resolved settings and the line of each epoch in a history.jsonl."""
     settings, *epochs = [json.loads(line) for line in path.read_text().splitlines()]
     return settings, epochs
 
 
-def lowest(epochs: list[dict]) -> dict:
-    """The epoch with the lowest validation loss: its network is the one that is kept."""
+def best_epoch(epochs: Sequence[dict]) -> dict:
+    """The epoch with the lowest validation loss, whose model is kept."""
     return min(epochs, key=lambda line: line["valid_loss"])
 
 
+def provenance(settings: Settings, device: torch.device, precision: torch.dtype) -> dict:
+    return {"settings": settings.model_dump(), "versions": versions(), "machine": machine(device, precision)}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
 def machine(device: torch.device, precision: torch.dtype) -> dict[str, str | int]:
-    """What, beside settings and versions, decides about a training's bits."""
-    processes = {"threads": torch.get_num_threads(), "processes": parallel.count()}
+    """What determines the parameters bitwise, besides settings and versions."""
+    processes = {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
     return {"device": device.type, "precision": str(precision).removeprefix("torch."), **processes}
 
 
-def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Of `generator`, and of what dropout draws from, which is another one on each process: `(processes, length)`."""
+def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int]) -> None:
+    """Raises UserError if a checkpoint has other settings. Prints a line if it comes from another machine than `here`."""
+    saved_settings, made_on = saved["settings"], saved["machine"]
+    if not isinstance(saved_settings, dict) or not isinstance(made_on, dict):
+        raise UserError("resume=true: the checkpoint doesn't say how it was made; train without resume")
+    saved_settings = {key: field.default for key, field in type(settings).model_fields.items()} | saved_settings
+    may_differ = MAY_DIFFER_ON_RESUME
+    if any("run" in line for line in saved["history"]):  # the file has no state of the runs that have ended
+        may_differ = may_differ - {"epochs"}
+    differ = [
+        f"{key}={value} (was {saved_settings[key]})"
+        for key, value in settings.model_dump().items()
+        if key not in may_differ and value != saved_settings[key]
+    ]
+    if differ:
+        raise UserError(f"resume=true: the checkpoint has other settings: {', '.join(differ)}")
+    if settings.model_dump()["epochs"] != saved_settings["epochs"] and saved_settings["schedule"] in ("cosine", "linear"):
+        print(
+            f"resumes with another number of epochs: from here on, the {saved_settings['schedule']} schedule covers all of them"
+        )
+    changed = [f"{key}={value} (was {made_on.get(key)})" for key, value in here.items() if value != made_on.get(key)]
+    if changed:
+        print(f"resumes with {', '.join(changed)}: the result will not be bitwise that of an uninterrupted run")
+
+
+def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float) -> None:
+    """Raises UserError if the model in `path`, trained under `settings`, may have seen the validation images of this split."""
+    try:
+        split = {"seed": settings["seed"], "valid_ratio": settings["valid_ratio"]}
+        split |= {"folds": settings.get("folds", 0), "runs": settings.get("runs", 1)}
+        is_same = split["seed"] == seed and split["valid_ratio"] >= valid_ratio and not split["folds"] and split["runs"] == 1
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: doesn't say on which images it was trained; train it again") from None
+    if not is_same:
+        raise UserError(
+            f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
+            f"validation images of seed={seed} valid_ratio={valid_ratio}; train it with the same"
+        )
+
+
+def rng_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The states of `generator` and of torch's default generators, which differ between processes: `(processes, length)`."""
     states = {"torch": torch.get_rng_state()}
     device = generator.device.type
     if device != "cpu":
         states[device] = getattr(torch, device).get_rng_state()
-    of_all = {name: parallel.whole(state.unsqueeze(0), parallel.count()) for name, state in states.items()}
-    return {"generator": generator.get_state(), **of_all}
+    gathered = {name: distributed.gather_rows(state.unsqueeze(0), distributed.world_size()) for name, state in states.items()}
+    return {"generator": generator.get_state(), **gathered}
 
 
-def set_random_states(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-    """Go on from what `random_states` gave; on another kind of device, whose random numbers are others, from some others."""
+def set_rng_state(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Restore what `rng_state` returned; on another kind of device, whose states have another form, a state derived from it."""
     state, device = states["generator"], generator.device.type
     if len(state) == len(generator.get_state()):
         generator.set_state(state)
     else:
         generator.manual_seed(zlib.crc32(state.numpy().tobytes()))  # the same on each process
-    row = parallel.rank()
-    if row < len(states["torch"]):  # there may be more processes than before: those keep the state that they have
+    row = distributed.rank()
+    if row < len(states["torch"]):  # more processes than before: the new ones keep their own state
         torch.set_rng_state(states["torch"][row].clone())
         if device != "cpu" and device in states:
             getattr(torch, device).set_rng_state(states[device][row].clone())
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}

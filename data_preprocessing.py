@@ -1,7 +1,8 @@
-"""Fashion-MNIST: find, fetch, verify and read the four IDX files; labels, splits, normalisation, batches.
+"""Fashion-MNIST: find, download, verify and read the four IDX files; labels, splits, folds, mean and standard deviation.
 
-The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; a batch becomes floating point, on the
-device, only when the network asks for it. Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
+The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; the model turns a batch into floating point.
+`fine_labels` are the data set's ten labels, from which `task_labels` makes those of a task with fewer classes.
+Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
 """
 
 import hashlib
@@ -14,13 +15,14 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from config import UserError
 
-GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-SHOES = (5, 7, 9)  # the garments that are shoes
+CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SHOES = (5, 7, 9)  # fine labels
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
 
 # name -> (dimensions, SHA-256 of the decompressed file); images and labels of a split have the same count
@@ -32,29 +34,25 @@ IDX_FILES = {
 }
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, uint8 `(N, 1, 28, 28)`, and garments, int64 `(N,)` in 0..9, of `split`, which is "train" or "t10k".
+    """Images, uint8 `(N, 1, 28, 28)`, and fine labels, int64 `(N,)` in 0..9, of `split`, which is "train" or "t10k".
 
     Looks in `data_path`/FashionMNIST/raw, then in Debian's folder, then downloads, and uses a file only if its
     decompressed contents have the known digest. Raises UserError where no source gives it.
     """
-    images_name, labels_name = (name for name in IDX_FILES if name.startswith(split))
-    images = read_idx(find_idx(images_name, data_path), IDX_FILES[images_name][0], images_name)
-    labels = read_idx(find_idx(labels_name, data_path), IDX_FILES[labels_name][0], labels_name)
+    names = [name for name in IDX_FILES if name.startswith(split)]
+    images, labels = (read_idx(find_idx(name, data_path), IDX_FILES[name][0], name) for name in names)
     return images.unsqueeze(1), labels.long()  # (N, 28, 28) -> (N, 1, 28, 28)
 
 
 def find_idx(name: str, data_path: Path) -> bytearray:
     """The verified, decompressed contents of one IDX file, from the first source that has it whole.
 
-    Files that were passed over are named on stderr, or in the error if no source has it.
+    Skipped files are named on stderr, or in the error if no source has it.
     """
     raw = data_path / "FashionMNIST" / "raw"
-    passed_over: list[str] = []
-    contents = _read_verified(name, raw, passed_over) or _read_verified(name, DEBIAN_FOLDER, passed_over)
+    problems: list[str] = []
+    contents = _read_verified(name, raw, problems) or _read_verified(name, DEBIAN_FOLDER, problems)
     sources = (("torchvision's download", _fetch_with_torchvision), ("Debian's archive", _fetch_with_apt))
     for source, fetch in () if contents else sources:
         print(f"{name}: not in {raw}; trying {source} ...", file=sys.stderr)
@@ -62,24 +60,24 @@ def find_idx(name: str, data_path: Path) -> bytearray:
             try:
                 fetched = fetch(Path(folder))
             except Exception as error:  # whatever a downloader raises, the next source is tried and the reason kept
-                passed_over.append(f"{source}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+                problems.append(f"{source}: {' '.join(str(error).split())[:120] or type(error).__name__}")
                 continue
-            contents = _read_verified(name, fetched, passed_over)
+            contents = _read_verified(name, fetched, problems)
             if contents:
                 _keep(fetched, raw)
                 break
     if not contents:
         raise UserError(
             f"{name} was not found: put the four Fashion-MNIST files, gzipped or not, into {raw}, "
-            f"or set data_dir=FOLDER ({'; '.join(passed_over)})"
+            f"or set data_dir=FOLDER ({'; '.join(problems)})"
         )
-    for reason in passed_over:
-        print(f"passed over {reason}", file=sys.stderr)
+    for reason in problems:
+        print(f"skipped {reason}", file=sys.stderr)
     return contents
 
 
-def _read_verified(name: str, folder: Path, passed_over: list[str]) -> bytearray | None:
-    """Contents of `folder/name` or `folder/name.gz`, decompressed; None, with a line in `passed_over`, if neither is intact."""
+def _read_verified(name: str, folder: Path, problems: list[str]) -> bytearray | None:
+    """Contents of `folder/name` or `folder/name.gz`, decompressed; None, with a line in `problems`, if neither is intact."""
     dimensions, digest = IDX_FILES[name]
     size = 4 + 4 * len(dimensions) + math.prod(dimensions)  # bytes: magic number, dimensions, one byte an element
     for path in (folder / name, folder / f"{name}.gz"):
@@ -91,11 +89,11 @@ def _read_verified(name: str, folder: Path, passed_over: list[str]) -> bytearray
         except FileNotFoundError:
             continue
         except (OSError, zlib.error) as error:
-            passed_over.append(f"{path}: can't be read ({error})")
+            problems.append(f"{path}: can't be read ({error})")
             continue
         if hashlib.sha256(contents).hexdigest() == digest:
             return bytearray(contents)  # writable, so that torch can share its memory
-        passed_over.append(f"{path}: is damaged, its contents' SHA-256 is not the published one")
+        problems.append(f"{path}: is damaged, its contents' SHA-256 is not the published one")
     return None
 
 
@@ -169,58 +167,70 @@ def read_idx(contents: bytes | bytearray, dimensions: tuple[int, ...], name: str
     return elements.view(dimensions)
 
 
-# ---- labels and split ------------------------------------------------------------------------------------------------
-
-
 def class_names(output_dim: int) -> tuple[str, ...]:
-    return {2: ("clothes", "shoe"), 10: GARMENTS}[output_dim]
+    return {2: ("clothes", "shoe"), 10: CLASS_NAMES}[output_dim]
 
 
-def labels_of(garments: torch.Tensor, output_dim: int) -> torch.Tensor:
-    """Garments 0..9 -> the task's labels, int64: unchanged for ten classes, 1 for a shoe and 0 for the rest for two."""
-    return garments if output_dim == 10 else torch.isin(garments, torch.tensor(SHOES, device=garments.device)).long()
+def task_labels(fine_labels: torch.Tensor, output_dim: int) -> torch.Tensor:
+    """Fine labels 0..9 -> the task's labels, int64: the same for ten classes; for two, 1 for a shoe and 0 for the rest."""
+    return fine_labels if output_dim == 10 else torch.isin(fine_labels, torch.tensor(SHOES, device=fine_labels.device)).long()
 
 
-def labels_by_name(garments: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """Labels of the task that has these classes. Raises UserError if they are not Fashion-MNIST's."""
+def labels_for(names: Sequence[str], fine_labels: torch.Tensor) -> torch.Tensor:
+    """The labels of the task that has these classes. Raises UserError if they are not Fashion-MNIST's."""
     for output_dim in (2, 10):
         if tuple(names) == class_names(output_dim):
-            return labels_of(garments, output_dim)
-    raise UserError(f"this network tells {', '.join(names)}; the test images have no such labels: give it image files instead")
+            return task_labels(fine_labels, output_dim)
+    raise UserError(f"this model has the classes {', '.join(names)}, the test images have not; name image files instead")
 
 
-def split_indices(garments: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffled training indices and sorted validation indices, stratified by garment, the same for the same seed.
+def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Raises UserError if `valid_ratio` leaves either side without an image of some garment.
+    Raises UserError if `valid_ratio` leaves either side without an image of some class.
     """
     generator = torch.Generator().manual_seed(seed)
-    train, valid = [], []
-    for garment in garments.unique():
-        members = torch.nonzero(garments == garment).squeeze(1)
+    parts = []  # of each class: validation, training
+    for label in fine_labels.unique():
+        members = torch.nonzero(fine_labels == label).squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
         n_valid = round(valid_ratio * len(members))
         if not 0 < n_valid < len(members):
             raise UserError(f"valid_ratio={valid_ratio}: {n_valid} of a class's {len(members)} images would validate")
-        valid.append(members[:n_valid])
-        train.append(members[n_valid:])
-    ordered = torch.cat(train)
-    return ordered[torch.randperm(len(ordered), generator=generator)], torch.cat(valid).sort().values
+        parts.append(members.tensor_split([n_valid]))
+    valid, train = map(torch.cat, zip(*parts))
+    return train[torch.randperm(len(train), generator=generator)], valid.sort().values
 
 
-def fold_indices(garments: torch.Tensor, folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each fold of a cross-validation what `split_indices` gives: every image validates once."""
+def fold_indices(fine_labels: torch.Tensor, folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The splits of a cross-validation, in the form of `split_indices`: every image is in one validation set."""
     from sklearn.model_selection import StratifiedKFold  # here: it takes a second to import
 
-    rounds = StratifiedKFold(folds, shuffle=True, random_state=seed).split(garments, garments)
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(fine_labels, fine_labels)
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.from_numpy(train)[torch.randperm(len(train), generator=generator)], torch.from_numpy(valid))
-        for train, valid in rounds
-    ]
+    tensors = [(torch.from_numpy(train), torch.from_numpy(valid)) for train, valid in splits]
+    return [(train[torch.randperm(len(train), generator=generator)], valid) for train, valid in tensors]
 
 
-# ---- pixels ----------------------------------------------------------------------------------------------------------
+class Split(NamedTuple):
+    """The training images on a device: uint8 `(N, 1, 28, 28)`, int64 `(N,)` in 0..9, and indices into them."""
+
+    images: torch.Tensor
+    fine_labels: torch.Tensor
+    train: torch.Tensor
+    valid: torch.Tensor
+
+
+def load_splits(settings, device: torch.device, folds: int = 0, runs: int = 1) -> list[Split]:
+    """The training images and, for each model, a split of them: one of `folds` folds, else one of `runs` random splits.
+
+    `settings` has data_path, valid_ratio, seed and limit. Raises UserError as `load_images` and `split_indices` do.
+    """
+    images, fine_labels = load_images("train", settings.data_path)
+    indices = fold_indices(fine_labels, folds, settings.seed) if folds else []
+    indices = indices or [split_indices(fine_labels, settings.valid_ratio, settings.seed + run) for run in range(runs)]
+    images, fine_labels, limit = images.to(device), fine_labels.to(device), settings.limit or None
+    return [Split(images, fine_labels, train[:limit].to(device), valid.to(device)) for train, valid in indices]
 
 
 def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:
@@ -233,32 +243,3 @@ def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, fl
     count = images[0].numel() * len(indices)
     mean = total / count
     return mean / 255, math.sqrt(squares / count - mean**2) / 255
-
-
-def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """uint8 `(N, 1, 28, 28)` -> float32, channels last: pixels in 0..1, less `mean`, divided by `std`."""
-    pixels = images.float().mul_(1 / (255 * std)).sub_(mean / std)
-    return pixels.contiguous(memory_format=torch.channels_last)
-
-
-def epoch_order(train: torch.Tensor, count: int, image_losses: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`count` of the indices `train`, shuffled: half of them those whose last known loss, in `image_losses`, is highest,
-    the other half drawn at random from the rest; simply all of them if `count` is their number. An image that has not been
-    seen, as `batches` may leave out some, has an infinite loss.
-
-    After one pass almost every image is classified with certainty and has next to no gradient; a batch of such images
-    is wasted. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
-    """
-    order = train[torch.randperm(len(train), generator=generator, device=train.device)]
-    if count == len(train):
-        return order
-    is_hard = torch.zeros(len(order), dtype=torch.bool, device=train.device)
-    is_hard[image_losses[order].topk(count // 2).indices] = True
-    chosen = torch.cat([order[is_hard], order[~is_hard][: count - count // 2]])
-    return chosen[torch.randperm(count, generator=generator, device=train.device)]
-
-
-def batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """`order` cut into batches of equal size; a shorter rest is left out, unless it is all there is."""
-    full = len(order) // batch_size * batch_size or len(order)
-    return order[:full].split(batch_size)

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-import checkpoint
 from config import ROOT, UserError
-from data_preprocessing import SHOES, labels_of
-from model import infer
+from data_preprocessing import SHOES, task_labels
+from model import load_model
+from trainer import infer
 
-MOST_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
-SMALLEST_SIDE = 8  # pixels
-FAINTEST = 32  # grey levels above the background that an object must reach
+MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
+MIN_SIDE = 8  # pixels
+MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
 
 
 def read_photographs(paths: Sequence[Path]) -> tuple[list[np.ndarray], torch.Tensor]:
-    """Image files as a picture may show them, RGB `(H, W, 3)` each, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
+    """Image files as RGB `(H, W, 3)`, reduced for pictures, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
 
     Raises UserError, naming the file, if one can't be read or shows nothing.
     """
@@ -34,23 +34,23 @@ def read_photographs(paths: Sequence[Path]) -> tuple[list[np.ndarray], torch.Ten
     return originals, torch.from_numpy(np.stack(views))
 
 
-def shown(name: str) -> str:
-    """A file's name as it can be printed and drawn: not every file system's names are Unicode."""
+def printable(name: str) -> str:
+    """A file's name in characters that can be printed and drawn: not every file system's names are Unicode."""
     return os.fsencode(name).decode(errors="replace")
 
 
-def turned_left(views: torch.Tensor) -> torch.Tensor:
-    """Of each view, uint8 `(N, 28, 28)`, and its mirror image the one that Task 1's network thinks more like a shoe.
+def face_left(views: torch.Tensor) -> torch.Tensor:
+    """Each view, uint8 `(N, 28, 28)`, or its horizontal flip: the one to which Task 1's model gives more probability of a shoe.
 
-    Every shoe in the data set points to the left, and a network that never saw another takes most that point to the
-    right for clothes; clothes and bags look much the same both ways.
+    Every shoe in the data set points to the left, and a model that never saw another one classifies most that point to the
+    right as clothes; clothes and bags look much the same both ways.
     """
-    path = ROOT / "best_model.pt"
-    saved = checkpoint.load(path, "best_model")
+    model = load_model(ROOT / "best_model.pt")
     both = torch.stack([views, views.flip(-1)])  # (2, N, 28, 28)
-    logits = infer(checkpoint.rebuild(saved, path), both.flatten(0, 1).unsqueeze(1), saved["mean"], saved["std"])
-    shoes = labels_of(torch.tensor(SHOES), saved["output_dim"]).unique()
-    return both[logits.softmax(1)[:, shoes].sum(1).view(2, -1).argmax(0), torch.arange(len(views))]
+    logits = infer(model, both.flatten(0, 1).unsqueeze(1))  # (2 * N, C)
+    shoes = task_labels(torch.tensor(SHOES), model.metadata["output_dim"]).unique()
+    probability = logits.softmax(1)[:, shoes].sum(1).view(2, -1)  # (2, N)
+    return both[probability.argmax(0), torch.arange(len(views))]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -72,24 +72,22 @@ def open_image(path: Path) -> Image.Image:
 def _upright_rgb(path: Path) -> Image.Image:
     image: Image.Image
     with Image.open(path) as image:
-        if min(image.size) < SMALLEST_SIDE:
-            raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {SMALLEST_SIDE} each way")
+        if min(image.size) < MIN_SIDE:
+            raise UserError(f"{path}: {image.width} x {image.height} pixels show nothing; at least {MIN_SIDE} each way")
         image.draft("RGB", (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a JPEG is decoded at a fraction of its size
-        if image.width * image.height > MOST_PIXELS:
-            raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MOST_PIXELS:,}")
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{path}: {image.width} x {image.height} pixels are too many; at most {MAX_PIXELS:,}")
         image.load()
         if image.mode == "F":
-            raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits a channel")
-        ImageOps.exif_transpose(image, in_place=True)  # first: what is made of the image below no longer knows how it was held
-        if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8
+            raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits per channel")
+        ImageOps.exif_transpose(image, in_place=True)  # first: the conversions below lose the orientation
+        if image.mode.startswith("I"):  # 16 bits per pixel: keep the upper 8
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("P", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
         elif image.mode == "1":
             image = image.convert("L")
-        smaller = min(image.size) // (2 * WORKING_SIDE)
-        if smaller > 1:  # the copies below would take a gigabyte
-            image = image.reduce(smaller)
+        image = image.reduce(max(1, min(image.size) // (2 * WORKING_SIDE)))  # the copies below would take a gigabyte
         if image.mode in ("RGBA", "LA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -108,7 +106,7 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     nothing = UserError(f"{name}: nothing stands out from the background; photograph the object on a plain, contrasting one")
     if image.size == (28, 28):
         grey = np.asarray(image.convert("L"))
-        if np.median(_border(grey)) < 8 and grey.max() >= FAINTEST:
+        if np.median(_border(grey)) < 8 and grey.max() >= MIN_CONTRAST:
             return grey
     image = image.copy()
     image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
@@ -134,7 +132,7 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     view = np.zeros((28, 28), dtype=np.uint8)
     top, left = (28 - grey.shape[0]) // 2, (28 - grey.shape[1]) // 2
     view[top : top + grey.shape[0], left : left + grey.shape[1]] = distance.clip(0, 255).round()
-    if view.max() < FAINTEST:  # of another colour, but as bright as the background
+    if view.max() < MIN_CONTRAST:  # of another colour, but as bright as the background
         raise nothing
     return view
 

@@ -1,56 +1,54 @@
 """Predict one test image, or photographs: `python predict.py [recipe=NAME] [key=value ...] [IMAGE ...]`.
 
-`index=N` takes test image N, image files are brought to Fashion-MNIST's format first, and with neither a random test
-image is taken. Prints the prediction and draws plots/prediction.png in out_dir.
+`index=N` takes test image N. Image files are brought to Fashion-MNIST's format first. With neither, a random test image is
+taken. Prints the predictions and draws plots/prediction.png in out_dir.
 """
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import nn
 
-import checkpoint
 import plots
-from config import HELP, OF_TRAINING, ROOT, Settings, UserError, load_settings, run_script
-from data_preprocessing import labels_by_name, load_images
-from model import choose_device, infer
-from photo import read_photographs, shown, turned_left
+from config import ROOT, RecipeSettings, UserError, setting
+from data_preprocessing import labels_for, load_images
+from device import choose_device, move
+from model import Classifier, load_model
+from photo import face_left, printable, read_photographs
+from script import HELP, load_settings, run_script
+from trainer import infer
 
 
-class PredictSettings(Settings):
-    UNREAD = OF_TRAINING
-    index: int = Field(-1, ge=-1, lt=10_000, description="number of the test image; -1 = a random one")
-    show: bool = Field(False, description="open the picture in a window, where there is a screen")
+class PredictSettings(RecipeSettings):
+    """Prediction"""
+
+    index: int = setting(-1, "number of the test image; -1 = a random one", ge=-1, lt=10_000)
 
 
-def predict_test_image(
-    network: nn.Module, saved: dict, images: torch.Tensor, labels: torch.Tensor, index: int, path: Path
-) -> None:
-    """Print and draw what the network says of test image `index`, beside the truth. `saved` is best_model.pt's contents."""
+def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Tensor, index: int, path: Path) -> None:
+    """Print and draw the prediction for test image `index`, beside its true class."""
     view = images[index]  # (1, 28, 28)
-    _report(network, saved, [view[0].numpy()], view, [f"test image {index}"], [int(labels[index])], path)
+    predict_views(model, [view[0].numpy()], view, [f"test image {index}"], [int(labels[index])], path)
 
 
-def _report(
-    network: nn.Module,
-    saved: dict,
+def predict_views(
+    model: Classifier,
     originals: list[np.ndarray],
     views: torch.Tensor,
     titles: list[str],
-    true: list[int | None],
+    true_labels: Sequence[int | None],
     path: Path,
 ) -> None:
-    """`views`: uint8 `(M, 28, 28)`; `originals`: what they were made from; `true`: labels, where known."""
-    class_names = saved["class_names"]
-    probabilities = infer(network, views.unsqueeze(1), saved["mean"], saved["std"]).softmax(1)
-    for title, probability, truth in zip(titles, probabilities, true):
-        told = "" if truth is None else f", true {class_names[truth]}"
-        print(f"{title}: predicted {class_names[probability.argmax()]} ({probability.max():.2%}){told}")
-    plots.draw_predictions(originals, views.numpy(), titles, probabilities.numpy(), class_names, true, path)
+    """Print and draw the predictions for `views`, uint8 `(M, 28, 28)`, which were made from `originals`."""
+    class_names = model.metadata["class_names"]
+    probabilities = infer(model, views.unsqueeze(1)).softmax(1)
+    for title, probability, label in zip(titles, probabilities, true_labels):
+        truth = "" if label is None else f", true {class_names[label]}"
+        print(f"{title}: predicted {class_names[probability.argmax()]} ({probability.max():.2%}){truth}")
+    plots.draw_predictions(originals, views.numpy(), titles, probabilities.numpy(), class_names, true_labels, path)
     print(f"wrote {path}")
 
 
@@ -60,23 +58,17 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    out = settings.out_path
-    saved = checkpoint.load(out / "best_model.pt", "best_model")
-    network = checkpoint.rebuild(saved, out / "best_model.pt").to(choose_device(settings.device))
-    picture = out / "plots" / "prediction.png"
+    model = move(load_model(settings.out_path / "best_model.pt"), choose_device(settings.device))
+    picture = settings.out_path / "plots" / "prediction.png"
     if paths:
         originals, views = read_photographs(paths)
-        _report(
-            network, saved, originals, turned_left(views), [shown(path.name) for path in paths], [None] * len(paths), picture
+        predict_views(
+            model, originals, face_left(views), [printable(path.name) for path in paths], [None] * len(paths), picture
         )
     else:
-        images, garments = load_images("t10k", settings.data_path)
+        images, fine_labels = load_images("t10k", settings.data_path)
         index = settings.index if settings.index >= 0 else random.randrange(len(images))
-        predict_test_image(network, saved, images, labels_by_name(garments, saved["class_names"]), index, picture)
-    if settings.show:
-        from PIL import Image
-
-        Image.open(picture).show()
+        predict_test_image(model, images, labels_for(model.metadata["class_names"], fine_labels), index, picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Last layers learnt from a few images of each class, for many episodes at once.
+"""Few-shot learners of the last layer, for many episodes at once.
 
 Shapes: E episodes, C classes, K support images of each, N images, U unlabelled ones, D features (1,568).
 """
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from augmentation import warp
-from optimizer import Optimizer
+from optimizer import FusedOptimizer
 
 Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
 
-STRETCH = 0.4  # of the height, either way, with the sole where it is: a shaft may be high or low
+STRETCH = 0.4  # of the height, either way, with the sole in place: a shaft may be high or low
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 VIEWS = 8  # distorted copies of each support image
-SHARPNESS = 300.0  # logit of a discriminant of 1: on the pool, confidence is accuracy
+SHARPNESS = 300.0  # logit of a discriminant of 1: calibrated on the pool
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each uint8 image `(N, 1, 28, 28)` stretched upwards, shifted and its grey values bent, by chance."""
+    """Each uint8 image `(N, 1, 28, 28)` stretched upwards, shifted and gamma-corrected at random."""
 
     def between(low: float, high: float) -> torch.Tensor:
         return torch.rand(len(images), generator=generator) * (high - low) + low
@@ -30,20 +30,18 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     height = between(1 - STRETCH, 1 + STRETCH)
     right, down = between(-SHIFT, SHIFT) / 14, between(-SHIFT, SHIFT) / 14  # an image is 2 wide: 14 pixels are 1
     one, zero = torch.ones(len(images)), torch.zeros(len(images))
-    theta = torch.stack([one, zero, right, zero, 1 / height, 1 - 1 / height + down], 1).view(-1, 2, 3)  # y = 1 stays
-    bent = warp(images.float() / 255, theta) ** (GAMMA ** between(-1, 1)).view(-1, 1, 1, 1)
-    return (bent * 255).round().to(torch.uint8)
+    warped = warp(images, one, zero, right, zero, 1 / height, 1 - 1 / height + down)  # y = 1 stays
+    return (warped ** (GAMMA ** between(-1, 1)).view(-1, 1, 1, 1) * 255).round().to(torch.uint8)
 
 
 class FisherLearner:
-    """Fisher's discriminant, with the within-class scatter of distorted images, and help from unlabelled ones.
+    """Fisher's discriminant whose within-class scatter comes from distorted images, refined on unlabelled images.
 
-    Four images can't say which differences between them matter. Two things can, and need no label: how features move
-    when an image is distorted in ways that never change its class, and where other images of the same kind lie.
-    Features are centred on the unlabelled images' mean and scaled to unit length; the directions in which distortions
-    move them are shrunk by `shrink * (scatter + shrink)^-1` (Hastie et al., The Elements of Statistical Learning, 4.3).
-    Each round lets the unlabelled images choose a class, softly, and moves each class mean half way to the mean of
-    those that chose it (soft k-means: Ren et al. 2018, arXiv 1803.00676, 3.1.1).
+    A few images can't tell which differences between them matter. Unlabelled images can: distortions that never change a
+    class show which directions of the feature space to shrink, by `shrink * (scatter + shrink)^-1` (Hastie et al., The
+    Elements of Statistical Learning, 4.3). Features are centred on the unlabelled images' mean and scaled to unit length.
+    Each round assigns the unlabelled images softly to the classes, and moves each class mean half way to the mean of the
+    images assigned to it (soft k-means: Ren et al. 2018, arXiv 1803.00676, 3.1.1).
     """
 
     def __init__(self, extract: Extract, unlabelled: torch.Tensor, seed: int, shrink: float, rounds: int):
@@ -52,18 +50,18 @@ class FisherLearner:
         features = extract(unlabelled)
         self.mean = features.mean(0)
         self.length = (features - self.mean).norm(dim=1).mean()
-        self.unlabelled = self._place(features)  # (U, D)
-        moved = self._place(extract(distort(unlabelled, self.generator))) - self.unlabelled
-        scatter = moved.T @ moved / len(moved)
+        self.unlabelled = self._normalize(features)  # (U, D)
+        differences = self._normalize(extract(distort(unlabelled, self.generator))) - self.unlabelled
+        scatter = differences.T @ differences / len(differences)
         self.metric = shrink * torch.linalg.inv(scatter + shrink * torch.eye(len(scatter)))  # (D, D)
 
-    def _place(self, features: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize(features - self.mean, dim=-1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What `fit` wants of support images: `(N, D)`, the mean over each one's distorted copies."""
+        """The input of `fit` from support images: `(N, D)`, the mean features of each one's distorted copies."""
         copies = [images, *(distort(images, self.generator) for _ in range(VIEWS))]
-        return torch.stack([self._place(self.extract(copy)) for copy in copies]).mean(0)
+        return torch.stack([self._normalize(self.extract(copy)) for copy in copies]).mean(0)
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights `(E, C, D)` and biases `(E, C)`, for raw features, from embedded supports `(E, C, K, D)`."""
@@ -71,23 +69,23 @@ class FisherLearner:
         for _ in range(self.rounds):
             directions, offsets = self._discriminants(means)
             scores = torch.einsum("ud,ecd->euc", self.unlabelled, directions) + offsets.unsqueeze(1)
-            chosen = (SHARPNESS * scores).softmax(2)  # (E, U, C)
-            theirs = torch.einsum("euc,ud->ecd", chosen, self.unlabelled) / chosen.sum(1).unsqueeze(2)
-            means = (prototypes + theirs) / 2
+            weights = (SHARPNESS * scores).softmax(2)  # (E, U, C)
+            unlabelled_means = torch.einsum("euc,ud->ecd", weights, self.unlabelled) / weights.sum(1).unsqueeze(2)
+            means = (prototypes + unlabelled_means) / 2
         directions, offsets = self._discriminants(means)
         weights = SHARPNESS / self.length * directions
         return weights, SHARPNESS * offsets - weights @ self.mean
 
     def _discriminants(self, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Directions `(E, C, D)` and offsets `(E, C)`: the boundary between two classes runs half way between their means."""
-        middle = means.mean(1, keepdim=True)
-        apart = means - middle
-        directions = apart @ self.metric
-        return directions, -(directions * (middle + apart / 2)).sum(2)
+        """Directions `(E, C, D)` and offsets `(E, C)`: the boundary between two classes is half way between their means."""
+        centre = means.mean(1, keepdim=True)
+        deviations = means - centre
+        directions = deviations @ self.metric
+        return directions, -(directions * (centre + deviations / 2)).sum(2)
 
 
 class AdamLearner:
-    """Adam on the supports' raw features, every step all of them, as the reference does; starts from the layer `first`."""
+    """The reference's way: full-batch Adam on the supports' features, from the layer `first`."""
 
     def __init__(self, extract: Extract, first: nn.Linear, steps: int, lr: float):
         self.extract, self.first, self.steps, self.lr = extract, first, steps, lr
@@ -102,7 +100,7 @@ class AdamLearner:
         labels = torch.arange(classes).repeat_interleave(shots).repeat(episodes)  # (E * C * K,)
         weights = self.first.weight.detach().repeat(episodes, 1, 1).requires_grad_()
         biases = self.first.bias.detach().repeat(episodes, 1).requires_grad_()
-        optimizer = Optimizer("adam", [weights, biases], self.lr)
+        optimizer = FusedOptimizer("adam", [weights, biases], self.lr)
         for _ in range(self.steps):
             logits = (x @ weights.transpose(1, 2) + biases.unsqueeze(1)).flatten(0, 1)  # (E * C * K, C)
             optimizer.zero_grad()

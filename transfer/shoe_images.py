@@ -1,82 +1,72 @@
-"""Folders PART/CLASS/* of images for Task 2: written from the data set, read, and drawn from for episodes."""
+"""The images of Task 2 by part and class: ankle boots of the data set, or folders PART/CLASS/*; drawing supports from them."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
-import checkpoint
 from config import ROOT, UserError
 from data_preprocessing import load_images
-from photo import read_photographs, shown, turned_left
-
-SHOES_DIR = ROOT / "transfer" / "shoes"  # its indices.json lists the images; the folders are written from the data set
-
-
-def write_shoes(names: Sequence[str], data_path: Path) -> None:
-    """transfer/shoes/PART/{flats,heels}/INDEX.png of the named parts, those that are missing, from the verified data."""
-    indices = json.loads((SHOES_DIR / "indices.json").read_text())
-    parts = {name: indices[name] for name in names}
-    wanted = [
-        (SHOES_DIR / name / label / f"{index:05}.png", part["split"], index)
-        for name, part in parts.items()
-        for label in ("flats", "heels")
-        for index in part[label]
-    ]
-    for split in ("train", "t10k"):
-        missing = [(path, index) for path, its_split, index in wanted if its_split == split and not path.exists()]
-        if not missing:
-            continue
-        images, _ = load_images(split, data_path)
-        for path, index in missing:
-            buffer = io.BytesIO()
-            Image.fromarray(images[index, 0].numpy()).save(buffer, format="png")
-            checkpoint.write_atomically(path, buffer.getvalue())
+from photo import face_left, printable, read_photographs
 
 
 class Part(NamedTuple):
-    """The images of FOLDER/PART/CLASS/*, class by class, in the order of their names."""
+    """The images of one part, class by class."""
 
     classes: tuple[str, ...]
     counts: tuple[int, ...]
-    files: list[Path]
+    names: list[str]
     images: torch.Tensor  # uint8 (N, 1, 28, 28)
     labels: torch.Tensor  # int64 (N,)
 
-    def names(self, indices: Sequence[int]) -> list[str]:
-        return [shown(f"{self.files[index].parent.name} {self.files[index].stem}") for index in indices]
+
+def make_part(classes: Sequence[str], names: Sequence[list[str]], images: torch.Tensor) -> Part:
+    """`names` are lists, one per class, of the names of its images."""
+    counts = tuple(map(len, names))
+    titles = [printable(f"{label} {name}") for label, class_names in zip(classes, names) for name in class_names]
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return Part(tuple(map(printable, classes)), counts, titles, images, labels)
 
 
-def read_part(folder: Path, are_photographs: bool) -> Part | None:
-    """None if there is no such folder. Raises UserError if a class has no image, or an image can't be read."""
+def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
+    """The named parts of flats and heels among Fashion-MNIST's ankle boots, which transfer/shoes/indices.json lists."""
+    indices = json.loads((ROOT / "transfer" / "shoes" / "indices.json").read_text())
+    images = {split: load_images(split, data_path)[0] for split in {indices[part]["split"] for part in parts}}
+    shoes = {}
+    for part in parts:
+        by_class = [sorted(indices[part][label]) for label in ("flats", "heels")]
+        names = [[f"{index:05}" for index in members] for members in by_class]
+        shoes[part] = make_part(("flats", "heels"), names, images[indices[part]["split"]][by_class[0] + by_class[1]])
+    return shoes
+
+
+def read_part(folder: Path) -> Part | None:
+    """Photographs in CLASS/*, in the order of their names; None if there is no such folder. Raises UserError if a class has
+    no image, or an image can't be read."""
     classes = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
     if not classes:
         return None
     by_class = [sorted(path for path in label.iterdir() if not path.name.startswith(".")) for label in classes]
-    for label, its_files in zip(classes, by_class):
-        if not its_files:
+    for label, files in zip(classes, by_class):
+        if not files:
             raise UserError(f"{label}: has no image; put some there, or remove the folder")
-    counts = tuple(map(len, by_class))
-    files = [path for its_files in by_class for path in its_files]
-    views = torch.cat([read_photographs([path])[1] for path in files])  # one at a time: a phone's photograph is large
-    images = (turned_left(views) if are_photographs else views).unsqueeze(1)
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return Part(tuple(shown(path.name) for path in classes), counts, files, images, labels)
+    # one at a time: a phone's photograph is large
+    views = torch.cat([read_photographs([path])[1] for files in by_class for path in files])  # (N, 28, 28)
+    names = [[path.stem for path in files] for files in by_class]
+    return make_part([path.name for path in classes], names, face_left(views).unsqueeze(1))
 
 
-def read_parts(folder: Path, names: tuple[str, ...], are_photographs: bool) -> dict[str, Part]:
-    """Raises UserError if train/ or test/ is missing or has one class only, or if others have other classes."""
-    parts = {name: part for name in names if (part := read_part(folder / name, are_photographs))}
+def read_parts(folder: Path, names: tuple[str, ...]) -> dict[str, Part]:
+    """The named parts that exist. Raises UserError if one of the first two is missing, or their classes differ or are one."""
+    parts = {name: part for name in names if (part := read_part(folder / name))}
     for name in names[:2]:
         if name not in parts:
             raise UserError(f"{folder / name}: has no class folders; images are expected in {folder / name}/CLASS/")
     classes = parts["train"].classes
     if len(classes) < 2:
-        raise UserError(f"{folder / 'train'}: has one class only, {classes[0]}; two or more can be told apart")
+        raise UserError(f"{folder / 'train'}: has one class only, {classes[0]}; at least two are needed")
     for name, part in parts.items():
         if part.classes != classes:
             raise UserError(f"{folder / name}: has the classes {', '.join(part.classes)}; train/ has {', '.join(classes)}")
@@ -84,7 +74,7 @@ def read_parts(folder: Path, names: tuple[str, ...], are_photographs: bool) -> d
 
 
 def draw_picks(counts: tuple[int, ...], shots: int, episodes: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Indices `(E, C, K)` of supports into a Part with these counts: random ones, none twice in an episode, or, without
+    """Indices `(E, C, K)` of support images into a Part with these counts: drawn at random without replacement, or, without
     a generator, the first of each class."""
     starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
     picks = [

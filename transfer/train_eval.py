@@ -1,19 +1,19 @@
-"""Task 2: tell flats from heels, or the classes of your own photographs, with Task 1's convolutions frozen.
+"""Task 2: classify flats and heels, or the classes of your own photographs, with Task 1's convolutions frozen.
 
-`python transfer/train_eval.py [shots=K episodes=N] [shoes_dir=FOLDER] [key=value ...]` retrains the last layer on the
-images in FOLDER/train/CLASS, tests it on FOLDER/test/CLASS, and writes best_model.pt, scores.json and plots/*.png into
-out_dir. `episodes=N` repeats that with N random draws of K images a class, because one draw means little.
+`python transfer/train_eval.py [shots=K episodes=N] [shoes_dir=FOLDER] [key=value ...]` retrains the last layer on the images
+in FOLDER/train/CLASS, tests it on FOLDER/test/CLASS, and writes best_model.pt, scores.json and plots/*.png into out_dir.
+`episodes=N` repeats that with N random draws of K images per class, because one draw says little.
 """
 
 import copy
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
@@ -21,82 +21,129 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import plots
-from config import OF_TRAINING, Settings, UserError, load_settings, resolve, run_script
-from data_preprocessing import GARMENTS, load_images
+from config import Settings, UserError, resolve, setting
+from data_preprocessing import CLASS_NAMES, load_images
+from device import choose_device, move
 from metrics import wilson_interval
-from model import build, choose_device, freeze, infer
-from networks import Network
+from model import Classifier, build_model, freeze, load_model
+from script import load_settings, run_script
+from trainer import infer
 from transfer.few_shot import AdamLearner, FisherLearner
-from transfer.shoe_images import SHOES_DIR, draw_picks, read_parts, write_shoes
+from transfer.shoe_images import draw_picks, load_shoes, read_parts
 
-UNLABELLED = 1_500  # training images of one garment, to learn from without their labels
+UNLABELLED = 1_500  # training images of one class, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
 OURS, REFERENCE, UNTRAINED, PIXELS = "this repository", "the reference's way", "untrained convolutions", "raw pixels"
 
 
 class TransferSettings(Settings):
-    UNREAD = OF_TRAINING | {"recipe"}
-    shoes_dir: str = Field("", description="folder with train/CLASS/* and test/CLASS/* images; empty = transfer/shoes")
-    out_dir: str = Field("transfer", min_length=1, description="folder for all that a run writes")
-    shots: int = Field(0, ge=0, description="support images of each class; 0 = as many as the smallest folder in train/ has")
-    episodes: int = Field(1, ge=1, le=10_000, description="N > 1: N random draws from pool/ (train/ without one)")
-    query: Literal["test", "pool"] = Field(
-        "test", description="episodes are tested on test/ and extended/, or, to choose settings, on the rest of pool/"
+    """Transfer"""
+
+    out_dir: str = setting("transfer", "folder for everything that a run writes", min_length=1)
+    shoes_dir: str = setting("", "folder with train/CLASS/* and test/CLASS/* images; empty = transfer/shoes")
+    shots: int = setting(0, "support images per class; 0 = as many as the smallest folder in train/ has", ge=0)
+    episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
+    query: Literal["test", "pool"] = setting(
+        "test", "test on test/ and extended/, or, to choose settings, on the rest of pool/"
     )
-    task1: str = Field(
-        "checkpoint.pt", description="whose convolutions are used: a checkpoint.pt (its last epoch's) or a best_model.pt"
-    )
-    unlabelled: Literal[GARMENTS] = Field(  # type: ignore[valid-type]
-        "Ankle boot", description="garment whose training images, unlabelled, help"
-    )
-    shrink: float = Field(0.001, gt=0, description="how little a feature may move under distortions to count in full")
-    rounds: int = Field(3, ge=0, le=100, description="of soft k-means over the unlabelled images; 0 = none")
+    checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
+    unlabelled: Literal[CLASS_NAMES] = setting("Ankle boot", "class of training images used without labels")  # type: ignore[valid-type]
+    shrink: float = setting(0.001, "shrinkage of the directions in which distortions move the features", gt=0)
+    rounds: int = setting(3, "of soft k-means over the unlabelled images; 0 = none", ge=0, le=100)
+
+
+def unlabelled_images(settings: TransferSettings) -> torch.Tensor:
+    """uint8 `(U, 1, 28, 28)`: random training images of the class `settings.unlabelled`."""
+    images, labels = load_images("train", settings.data_path)
+    members = torch.nonzero(labels == CLASS_NAMES.index(settings.unlabelled)).squeeze(1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    return images[members[torch.randperm(len(members), generator=generator)[:UNLABELLED]]]
+
+
+def build_learners(model: Classifier, classes: int, settings: TransferSettings) -> dict:
+    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+    torch.manual_seed(settings.seed)
+    metadata, unlabelled = model.metadata, unlabelled_images(settings)
+    untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
+    untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
+    untrained.to(next(model.parameters()).device)
+    first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
+    trained_features, untrained_features = partial(infer, model, features=True), partial(infer, untrained, features=True)
+    common = (unlabelled, settings.seed, settings.shrink, settings.rounds)
+    return {
+        OURS: FisherLearner(trained_features, *common),
+        REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
+        UNTRAINED: FisherLearner(untrained_features, *common),
+        PIXELS: FisherLearner(lambda images: images.flatten(1).float() / 255, *common),
+    }
+
+
+def check_frozen(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Raises RuntimeError unless only the last layer was trainable and everything else is bitwise as it was before."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trainable}
+    changed = [name for name, tensor in frozen.items() if not tensor.equal(before[name])]
+    if trainable != ["classifier.weight", "classifier.bias"] or changed:
+        raise RuntimeError(f"trained {', '.join(trainable)}; changed although frozen: {', '.join(changed) or 'nothing'}")
+    print(f"trained {', '.join(trainable)}; the {len(frozen)} frozen tensors are bitwise unchanged")
+
+
+class Episodes:
+    """The images of all episodes: supports in `drawn`, queries in `images` and `labels`, the saved model's supports in `kept`.
+
+    Raises UserError if a class has fewer images than shots, or if none is left to test on."""
+
+    def __init__(self, settings: TransferSettings):
+        choosing = settings.query == "pool"  # settings: the test images are not even read
+        names = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
+        folder = resolve(settings.shoes_dir or "transfer/shoes")
+        self.parts = read_parts(folder, names) if settings.shoes_dir else load_shoes(names, settings.data_path)
+        self.classes, counts = self.parts["train"].classes, self.parts["train"].counts
+        self.count, self.seed, self.shots = settings.episodes, settings.seed, settings.shots or min(counts)
+        self.is_random = choosing or settings.episodes > 1
+        pool = "pool" if "pool" in self.parts else "train"
+        kept = "train" if min(counts) >= self.shots else pool
+        drawn = pool if self.is_random else kept
+        for name in (kept, drawn):
+            fewest, label = min(zip(self.parts[name].counts, self.classes))
+            if fewest < self.shots:
+                place = folder / name / label
+                raise UserError(f"shots={self.shots}: {place} has only {fewest} images; add some or lower shots")
+        if choosing and max(self.parts[pool].counts) == self.shots:
+            raise UserError(f"shots={self.shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
+        self.kept, self.drawn, self.pool = self.parts[kept], self.parts[drawn], self.parts[pool]
+        queries = [pool] if choosing else ["test", "extended"] if self.is_random and "extended" in self.parts else ["test"]
+        self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, 1, 28, 28)
+        self.labels = torch.cat([self.parts[name].labels for name in queries])
+        self.excludes_supports = choosing  # from the queries
+        self.tested = len(self.labels) - (len(self.classes) * self.shots if choosing else 0)  # queries of an episode
+
+    def run(self, learners: dict) -> dict[str, dict[int, list[float]]]:
+        """learner -> shots -> accuracy of each episode, in 0..1. Keeps the learners' inputs from `drawn` in `supports`."""
+        self.supports = {name: learner.embed(self.drawn.images) for name, learner in learners.items()}
+        queries = {name: learner.extract(self.images) for name, learner in learners.items()}
+        rows: dict[str, dict[int, list[float]]] = {name: {} for name in learners}
+        all_shots = sorted({self.shots, *(k for k in BY_SHOTS if self.is_random and k <= min(self.drawn.counts))})
+        for k in tqdm(all_shots, "images per class", disable=None, leave=False):
+            generator = torch.Generator().manual_seed(self.seed) if self.is_random else None
+            picks = draw_picks(self.drawn.counts, k, self.count, generator)
+            for name, learner in learners.items():
+                layers = learner.fit(self.supports[name][picks])
+                excluded = picks if self.excludes_supports else None
+                rows[name][k] = accuracies(queries[name], self.labels, layers, excluded)
+        return rows
 
 
 def accuracies(
-    features: torch.Tensor, labels: torch.Tensor, layers: tuple[torch.Tensor, torch.Tensor], left_out: torch.Tensor | None
+    features: torch.Tensor, labels: torch.Tensor, layers: tuple[torch.Tensor, torch.Tensor], excluded: torch.Tensor | None
 ) -> list[float]:
-    """Accuracy of each episode's layer on queries `(N, D)`; `left_out` `(E, C, K)`: indices of those that don't count."""
+    """Accuracy of each episode's layer on queries `(N, D)`; `excluded` `(E, C, K)` are indices of queries that don't count."""
     weights, biases = layers
     is_right = (torch.einsum("nd,ecd->enc", features, weights) + biases.unsqueeze(1)).argmax(2) == labels  # (E, N)
     counts = torch.ones_like(is_right)
-    if left_out is not None:
-        counts.scatter_(1, left_out.flatten(1), False)
+    if excluded is not None:
+        counts.scatter_(1, excluded.flatten(1), False)
     return ((is_right & counts).sum(1).double() / counts.sum(1)).tolist()
-
-
-def check_frozen(network: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Raises RuntimeError unless the last layer alone could be trained and all else has the bits it had before."""
-    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    frozen = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
-    changed = [name for name, tensor in frozen.items() if not tensor.equal(before[name])]
-    if trained != ["classifier.weight", "classifier.bias"] or changed:
-        raise RuntimeError(f"trained {', '.join(trained)}; changed although frozen: {', '.join(changed) or 'nothing'}")
-    print(f"trained {', '.join(trained)}; the {len(frozen)} frozen tensors have the bits that they had before")
-
-
-def build_learners(saved: dict, network: Network, classes: int, unlabelled: torch.Tensor, settings: TransferSettings) -> dict:
-    """The ways to learn the last layer by name: ours, and three that show what it and the transfer are worth."""
-    torch.manual_seed(settings.seed)
-    untrained = build(saved["architecture"], classes, activation=saved["activation"]).to(next(network.parameters()).device)
-    first = network.classifier if saved["output_dim"] == classes else untrained.classifier
-
-    def trained_features(images: torch.Tensor) -> torch.Tensor:
-        return infer(network.features, images, saved["mean"], saved["std"])
-
-    def untrained_features(images: torch.Tensor) -> torch.Tensor:
-        return infer(untrained.features, images, saved["mean"], saved["std"])
-
-    def pixels(images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).float() / 255
-
-    fisher = (unlabelled, settings.seed, settings.shrink, settings.rounds)
-    return {
-        OURS: FisherLearner(trained_features, *fisher),
-        REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
-        UNTRAINED: FisherLearner(untrained_features, *fisher),
-        PIXELS: FisherLearner(pixels, *fisher),
-    }
 
 
 def summarise(values: list[float], images: int) -> dict:
@@ -107,6 +154,39 @@ def summarise(values: list[float], images: int) -> dict:
     return {"mean": mean, "std": std, "min": min(values), "max": max(values), "ci95": interval}
 
 
+def save_model(model: Classifier, layer: dict, before: dict, classes: tuple[str, ...], settings: TransferSettings) -> None:
+    """Replace the last layer by `layer`, weight `(C, D)` and bias `(C,)`, and save the model, which else is as `before`."""
+    model = model.cpu()
+    model.classifier = nn.Linear(layer["weight"].shape[1], len(classes))
+    model.classifier.load_state_dict(layer)
+    check_frozen(model, before)
+    metadata = {key: model.metadata[key] for key in ("architecture", "activation", "epoch")}
+    metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": settings.model_dump()}
+    contents = {"kind": "best_model", **metadata, "versions": checkpoint.versions(), "model": model.state_dict()}
+    checkpoint.save(settings.out_path / "best_model.pt", contents)
+
+
+def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, rows: dict, folder: Path) -> None:
+    """Print and draw the predictions for the test images; draw the supports, and, of random episodes, accuracy by shots."""
+    test = episodes.parts["test"]
+    confidence, predicted = infer(model, test.images).softmax(1).max(1)
+    titles = []
+    for name, label, probability in zip(test.names, predicted.tolist(), confidence.tolist()):
+        titles.append(f"{name}\npredicted {test.classes[label]}, {probability:.1%}")
+        print(f"test {name}: predicted {test.classes[label]} ({probability:.2%})")
+    is_right = (predicted == test.labels).tolist()
+    colours = [plots.GREEN if right else plots.RED for right in is_right]
+    heading = f"{sum(is_right)} of {len(is_right)} test images right"
+    plots.draw_sheet(test.images.squeeze(1).numpy(), titles, 5, heading, folder / "predictions.png", colours)
+    images, names = episodes.kept.images[picks.flatten()], [episodes.kept.names[index] for index in picks.flatten()]
+    plots.draw_sheet(images.squeeze(1).numpy(), names, episodes.shots, "The support images", folder / "support.png")
+    if episodes.is_random:
+        heading = f"{episodes.count} episodes, {len(episodes.labels)} test images"
+        plots.draw_accuracy_by_count(rows, "support images per class", heading, folder / "accuracy_by_shots.png")
+        heading = f"The images that episodes draw from: {len(episodes.pool.names)}"
+        plots.draw_sheet(episodes.pool.images.squeeze(1).numpy(), episodes.pool.names, 13, heading, folder / "pool.png")
+
+
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, TransferSettings)
@@ -114,112 +194,35 @@ def main(arguments: list[str]) -> None:
     out = settings.out_path
     if (out / "checkpoint.pt").exists():
         raise UserError(f"{out}: holds a training, whose best_model.pt would be overwritten; name another out_dir")
-    path = resolve(settings.task1)
-    saved = checkpoint.load(path, "best_model" if path.name == "best_model.pt" else "checkpoint")
-    network = checkpoint.rebuild(saved, path)
-    before = copy.deepcopy(network.state_dict())
-    network.to(choose_device(settings.device))
-    freeze(network.features)
-
-    # ---- images -------------------------------------------------------------------------------------------------------
-    choosing = settings.query == "pool"  # settings: the test images are not even read
-    wanted = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
-    if not settings.shoes_dir:
-        write_shoes(wanted, settings.data_path)
-    folder = resolve(settings.shoes_dir) if settings.shoes_dir else SHOES_DIR
-    parts = read_parts(folder, wanted, are_photographs=bool(settings.shoes_dir))
-    classes = parts["train"].classes
-    shots = settings.shots or min(parts["train"].counts)
-    at_random = choosing or settings.episodes > 1
-    pool = "pool" if "pool" in parts else "train"
-    support = "train" if min(parts["train"].counts) >= shots else pool
-    drawn = pool if at_random else support
-    for name in (support, drawn):
-        fewest, label = min(zip(parts[name].counts, classes))
-        if fewest < shots:
-            raise UserError(f"shots={shots}: {folder / name / label} has only {fewest} images; add some or lower shots")
-    if choosing and max(parts[pool].counts) == shots:
-        raise UserError(f"shots={shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
-    images, garments = load_images("train", settings.data_path)
-    same_garment = torch.nonzero(garments == GARMENTS.index(settings.unlabelled)).squeeze(1)
-    generator = torch.Generator().manual_seed(settings.seed)
-    unlabelled = images[same_garment[torch.randperm(len(same_garment), generator=generator)[:UNLABELLED]]]
-
-    # ---- episodes -----------------------------------------------------------------------------------------------------
-    learners = build_learners(saved, network, len(classes), unlabelled, settings)
-    asked = [pool] if choosing else ["test", "extended"] if at_random and "extended" in parts else ["test"]
-    images, labels = torch.cat([parts[name].images for name in asked]), torch.cat([parts[name].labels for name in asked])
-    embedded = {method: learner.embed(parts[drawn].images) for method, learner in learners.items()}
-    queries = {method: learner.extract(images) for method, learner in learners.items()}
-    rows: dict[str, dict[int, list[float]]] = {method: {} for method in learners}  # method -> shots -> accuracy of each episode
-    all_shots = sorted({shots, *(k for k in BY_SHOTS if at_random and k <= min(parts[drawn].counts))})
-    for k in tqdm(all_shots, "images of each class", disable=None, leave=False):
-        chance = torch.Generator().manual_seed(settings.seed) if at_random else None
-        picks = draw_picks(parts[drawn].counts, k, settings.episodes, chance)
-        for method, learner in learners.items():
-            layers = learner.fit(embedded[method][picks])
-            rows[method][k] = accuracies(queries[method], labels, layers, picks if choosing else None)
-    tested = len(labels) - (len(classes) * shots if choosing else 0)  # images of an episode
-    print(f"{settings.episodes} x {shots} images of each class; accuracy on {tested} images")
+    model = load_model(resolve(settings.checkpoint))
+    before = copy.deepcopy(model.state_dict())
+    freeze(move(model, choose_device(settings.device)).features)
+    episodes = Episodes(settings)
+    learners = build_learners(model, len(episodes.classes), settings)
+    rows = episodes.run(learners)
+    print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")
     print(f"{'':22}    mean    std     min      max   95 % interval")
-    report = {method: summarise(by_shots[shots], tested) for method, by_shots in rows.items()}
-    for method, row in report.items():
+    report = {name: summarise(by_shots[episodes.shots], episodes.tested) for name, by_shots in rows.items()}
+    for name, row in report.items():
         low, high = row["ci95"]
-        print(f"{method:22} {row['mean']:7.2%} {row['std']:6.2%} {row['min']:7.2%} {row['max']:8.2%}   {low:.2%} to {high:.2%}")
-    if choosing:
+        print(f"{name:22} {row['mean']:7.2%} {row['std']:6.2%} {row['min']:7.2%} {row['max']:8.2%}   {low:.2%} to {high:.2%}")
+    if settings.query == "pool":
         return
 
-    # ---- the network that is kept: its last layer comes from train/ ------------------------------------------------------
-    ours = learners[OURS]
-    picks = draw_picks(parts[support].counts, shots, 1, None)
-    supports = embedded[OURS] if support == drawn else ours.embed(parts[support].images)
-    weights, biases = ours.fit(supports[picks])
-    network = network.cpu()
-    network.classifier = nn.Linear(weights.shape[2], len(classes))
-    network.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
-    check_frozen(network, before)
-    checkpoint.save(
-        out / "best_model.pt",
-        {
-            "kind": "best_model",
-            **{key: saved[key] for key in ("architecture", "activation", "mean", "std", "epoch")},
-            "output_dim": len(classes),
-            "class_names": list(classes),
-            "parameters": network.state_dict(),
-            "settings": settings.model_dump(),
-            "versions": checkpoint.versions(),
-        },
-    )
-
-    # ---- report -------------------------------------------------------------------------------------------------------
-    test = parts["test"]
-    confidence, predicted = infer(network, test.images, saved["mean"], saved["std"]).softmax(1).max(1)
-    titles = []
-    for name, label, probability in zip(test.names(range(len(test.files))), predicted.tolist(), confidence.tolist()):
-        titles.append(f"{name}\npredicted {classes[label]}, {probability:.1%}")
-        print(f"test {name}: predicted {classes[label]} ({probability:.2%})")
-    is_right = (predicted == test.labels).tolist()
-    colours = [plots.GREEN if right else plots.RED for right in is_right]
-    heading = f"{sum(is_right)} of {len(is_right)} test images right"
-    plots.draw_sheet(test.images.squeeze(1).numpy(), titles, 5, heading, out / "plots" / "predictions.png", colours)
-    shown = parts[support].images[picks.flatten()].squeeze(1).numpy()
-    names = parts[support].names(picks.flatten().tolist())
-    plots.draw_sheet(shown, names, shots, "What the last layer learns from", out / "plots" / "support.png")
-    if at_random:
-        heading = f"{settings.episodes} episodes, {len(labels)} test images"
-        path = out / "plots" / "accuracy_by_shots.png"
-        band = "its worst to its best episode"
-        plots.draw_accuracy_by_count(rows, "support images of each class", heading, path, bands=1, band=band)
-        shown, names = parts[pool].images.squeeze(1).numpy(), parts[pool].names(range(len(parts[pool].files)))
-        plots.draw_sheet(shown, names, 13, f"What episodes draw from: {len(names)} images", out / "plots" / "pool.png")
-    mine = report.pop(OURS)
+    picks = draw_picks(episodes.kept.counts, episodes.shots, 1, None)
+    is_embedded = episodes.kept is episodes.drawn
+    supports = episodes.supports[OURS] if is_embedded else learners[OURS].embed(episodes.kept.images)
+    weights, biases = learners[OURS].fit(supports[picks])
+    save_model(model, {"weight": weights[0], "bias": biases[0]}, before, episodes.classes, settings)
+    draw_pictures(model, episodes, picks, rows, out / "plots")
+    ours = report.pop(OURS)
     scores = {
-        "task": " or ".join(classes),
-        "shots": shots,
+        "task": " or ".join(episodes.classes),
+        "shots": episodes.shots,
         "episodes": settings.episodes,
-        "test_images": len(labels),
-        **{f"accuracy_{name}": value for name, value in mine.items()},
-        "per_episode": rows[OURS][shots],
+        "test_images": len(episodes.labels),
+        **{f"accuracy_{name}": value for name, value in ours.items()},
+        "per_episode": rows[OURS][episodes.shots],
         "accuracy_by_shots": {k: statistics.mean(values) for k, values in rows[OURS].items()},
         "other_ways": report,
         "seconds": round(time.perf_counter() - started, 3),
@@ -228,8 +231,8 @@ def main(arguments: list[str]) -> None:
     }
     checkpoint.save_json(out / "scores.json", scores)
     print(
-        f"test accuracy {mine['mean']:.2%} (standard deviation {mine['std']:.2%}, {mine['min']:.2%} to {mine['max']:.2%}; "
-        f"{len(labels)} images, {settings.episodes} x {shots} shots); wrote {out / 'scores.json'}"
+        f"test accuracy {ours['mean']:.2%} (standard deviation {ours['std']:.2%}, {ours['min']:.2%} to {ours['max']:.2%}; "
+        f"{len(episodes.labels)} images, {settings.episodes} x {episodes.shots} shots); wrote {out / 'scores.json'}"
     )
 
 

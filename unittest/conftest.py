@@ -3,16 +3,16 @@ import os
 import pytest
 import torch
 
-from config import Settings, load_settings
+from config import Settings
 from data_preprocessing import load_images
-from model import build
+from model import build_model
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared with the CPU's, also by the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bitwise on the CPU, also by the processes that tests start
 
 
 @pytest.fixture(scope="session")
 def data_path():
-    return load_settings([], Settings).data_path
+    return Settings().data_path
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +22,16 @@ def train_data(data_path):
 
 @pytest.fixture(scope="session")
 def untrained():
-    """What best_model.pt holds, of a network that has not been trained."""
+    """The contents of best_model.pt for a model that has not been trained."""
     torch.manual_seed(0)
+    model = build_model("cnn", 2)
+    model.set_statistics(0.286, 0.353, torch.zeros(0, 1, 28, 28, dtype=torch.uint8))
     return {
         "kind": "best_model",
         "architecture": "cnn",
         "activation": "relu",
         "output_dim": 2,
         "class_names": ["clothes", "shoe"],
-        "mean": 0.286,
-        "std": 0.353,
-        "parameters": build("cnn", 2).state_dict(),
+        "model": model.state_dict(),
         "epoch": 1,
     }

@@ -1,4 +1,4 @@
-"""Augmentation: each image by itself, whole batches, the same from the same generator."""
+"""Augmentation: random for each image, in whole batches, reproducible from the generator's seed."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def seeded():
 
 
 def test_settings_know_every_augmentation():
-    assert set(AUGMENTATIONS) == {*FUNCTIONS, "gan"}  # which adds images, and changes none
+    assert set(AUGMENTATIONS) == {*FUNCTIONS, "gan"}  # gan adds images and changes none
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -26,7 +26,7 @@ def test_strength_0_changes_nothing(name, images):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_each_image_is_changed_by_its_own_chance(name, images):
+def test_each_image_has_its_own_random_change(name, images):
     copies = images[:1].expand(200, -1, -1, -1).clone()
     changed = augment(copies, name, seeded())
     assert changed.shape == copies.shape and changed.dtype == torch.uint8
@@ -35,26 +35,26 @@ def test_each_image_is_changed_by_its_own_chance(name, images):
 
 
 @pytest.mark.parametrize("name, axis", [("hflip", -1), ("vflip", -2)])
-def test_flips_mirror_the_given_share(name, axis, images):
+def test_flips_have_the_given_probability(name, axis, images):
     assert augment(images, f"{name}:1", seeded()).equal(images.flip(axis))
-    mirrored = (augment(images, f"{name}:0.25", seeded()) == images.flip(axis)).flatten(1).all(1)
-    assert 0.15 < mirrored.double().mean() < 0.35
+    flipped = (augment(images, f"{name}:0.25", seeded()) == images.flip(axis)).flatten(1).all(1)
+    assert 0.15 < flipped.double().mean() < 0.35
 
 
 def test_shift_moves_whole_images_by_at_most_its_strength():
     images = torch.zeros(500, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 14, 14] = 255
     places = augment(images, "shift:2", seeded()).nonzero()
-    assert len(places) == 500  # no point is lost
+    assert len(places) == 500  # no pixel is lost
     assert set(places[:, 2].tolist()) == set(places[:, 3].tolist()) == {12, 13, 14, 15, 16}
 
 
-def test_rotate_turns_about_the_middle_by_at_most_its_strength():
+def test_rotate_rotates_about_the_centre_by_at_most_its_strength():
     images = torch.zeros(500, 1, 28, 28, dtype=torch.uint8)
-    images[:, :, 12:16, 22:26] = 255  # its middle is 10 right of the images' middle, 13.5
-    turned = augment(images, "rotate:30", seeded()).double()
+    images[:, :, 12:16, 22:26] = 255  # its centre is 10 pixels right of the image's, 13.5
+    rotated = augment(images, "rotate:30", seeded()).double()
     row, column = (
-        (turned * torch.arange(28).view(shape)).sum((1, 2, 3)) / turned.sum((1, 2, 3)) for shape in ((28, 1), (1, 28))
+        (rotated * torch.arange(28).view(shape)).sum((1, 2, 3)) / rotated.sum((1, 2, 3)) for shape in ((28, 1), (1, 28))
     )
     angle = torch.atan2(row - 13.5, column - 13.5).rad2deg()
     assert angle.abs().max() < 30.5 and angle.min() < -25 and angle.max() > 25
@@ -73,7 +73,7 @@ def test_noise_has_the_given_standard_deviation():
     assert augment(grey, "noise:20", seeded()).double().std().item() == pytest.approx(20, rel=0.02)
 
 
-def test_blur_keeps_the_light_and_spreads_it():
+def test_blur_keeps_the_sum_of_the_pixels_and_smooths_edges():
     images = torch.zeros(200, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 8:20, 8:20] = 200
     blurred = augment(images, "blur:1.5", seeded()).double()
@@ -81,11 +81,11 @@ def test_blur_keeps_the_light_and_spreads_it():
     assert blurred.diff(dim=3).abs().amax((1, 2, 3)).min() < 100
 
 
-def test_erase_covers_rectangles_of_the_papers_sizes():
+def test_erase_covers_rectangles_of_the_sizes_in_the_paper():
     black = torch.zeros(1_000, 1, 28, 28, dtype=torch.uint8)
     erased = augment(black, "erase:1", seeded()).squeeze(1) > 0
     heights, widths = erased.any(2).sum(1), erased.any(1).sum(1)
-    share = heights * widths / 784
-    assert share.min() > 0.01 and share.max() < 0.36 and 0.1 < share.mean() < 0.25
+    area = heights * widths / 784
+    assert area.min() > 0.01 and area.max() < 0.36 and 0.1 < area.mean() < 0.25
     assert (heights / widths).log().abs().max() < 2.0
     assert (augment(black, "erase:0.3", seeded()).flatten(1) > 0).any(1).double().mean().item() == pytest.approx(0.3, abs=0.05)

@@ -1,4 +1,4 @@
-"""Files are whole or not there, and opening one runs nothing that is inside."""
+"""Files: written whole or not at all, and loaded without running code."""
 
 import copy
 import pickle
@@ -8,7 +8,8 @@ import torch
 
 import checkpoint
 from config import UserError
-from model import build, with_batch_norm
+from layers import add_batch_norm
+from model import build_model, load_model
 
 
 @pytest.fixture
@@ -16,31 +17,60 @@ def contents(untrained):
     return copy.deepcopy(untrained)
 
 
-def test_a_network_survives_the_round_trip(contents, tmp_path):
+def as_checkpoint(contents, **changes):
+    """The contents of checkpoint.pt, with what load_model reads."""
+    rest = dict.fromkeys(("machine", "ema", "optimizer", "rng", "history", "run"))
+    return {**contents, "kind": "checkpoint", "settings": {}, **rest, **changes}
+
+
+def random_images(count):
+    return torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8)
+
+
+def test_a_model_survives_the_round_trip_bitwise(contents, tmp_path):
     path = tmp_path / "new" / "best_model.pt"
     checkpoint.save(path, contents)
-    network = checkpoint.rebuild(checkpoint.load(path, "best_model"), path)
-    assert not network.training
-    assert all(tensor.equal(contents["parameters"][name]) for name, tensor in network.state_dict().items())
-    assert [file.name for file in path.parent.iterdir()] == ["best_model.pt"]
+    state = load_model(path).state_dict()
+    assert state.keys() == contents["model"].keys()
+    assert all(tensor.equal(contents["model"][name]) for name, tensor in state.items())
 
 
-def test_a_network_that_trains_with_batch_normalisation_is_rebuilt_without_it(contents, tmp_path):
-    network = build("cnn", 2)
-    with_batch_norm(network)
-    saved = {**contents, "kind": "checkpoint", "settings": {"batch_norm": True}, "parameters": network.state_dict()}
-    x = torch.randn(3, 1, 28, 28)
-    torch.testing.assert_close(checkpoint.rebuild(saved, tmp_path)(x), network.eval()(x))
-    assert checkpoint.rebuild(saved, tmp_path).state_dict().keys() == contents["parameters"].keys()
+def test_a_saved_file_is_alone_in_its_folder(contents, tmp_path):
+    checkpoint.save(tmp_path / "best_model.pt", contents)
+    assert [file.name for file in tmp_path.iterdir()] == ["best_model.pt"]
 
 
-def test_a_process_that_was_not_there_before_keeps_random_numbers_of_its_own(monkeypatch):
+def test_a_loaded_model_is_in_evaluation_mode_and_has_the_metadata(contents, tmp_path):
+    checkpoint.save(tmp_path / "best_model.pt", contents)
+    model = load_model(tmp_path / "best_model.pt")
+    assert not any(module.training for module in model.modules())
+    assert model.metadata == {key: contents[key] for key in contents.keys() - {"kind", "model"}}
+
+
+def test_a_checkpoint_of_a_model_with_batch_norm_is_loaded_with_it_fused(contents, tmp_path):
+    model = build_model("cnn", 2)
+    add_batch_norm(model)
+    model.train()(random_images(20))  # gathers statistics
+    saved = as_checkpoint(contents, settings={"batch_norm": True}, model=model.state_dict())
+    checkpoint.save(tmp_path / "checkpoint.pt", saved)
+    loaded, images = load_model(tmp_path / "checkpoint.pt"), random_images(3)
+    torch.testing.assert_close(loaded(images), model.eval()(images))
+    assert loaded.state_dict().keys() == contents["model"].keys()
+
+
+def test_the_ema_of_a_checkpoint_is_what_is_loaded(contents, tmp_path):
+    ema = {name: tensor + 1 for name, tensor in contents["model"].items()}
+    checkpoint.save(tmp_path / "checkpoint.pt", as_checkpoint(contents, ema=ema))
+    assert all(tensor.equal(ema[name]) for name, tensor in load_model(tmp_path / "checkpoint.pt").state_dict().items())
+
+
+def test_an_additional_process_keeps_random_numbers_of_its_own(monkeypatch):
     generator = torch.Generator()
-    states = checkpoint.random_states(generator)
-    monkeypatch.setattr(checkpoint.parallel, "rank", lambda: 1)
+    states = checkpoint.rng_state(generator)
+    monkeypatch.setattr(checkpoint.distributed, "rank", lambda: 1)
     torch.manual_seed(1)
     own = torch.get_rng_state()
-    checkpoint.set_random_states(states, generator)
+    checkpoint.set_rng_state(states, generator)
     assert torch.get_rng_state().equal(own)
 
 
@@ -52,7 +82,7 @@ class Malicious:
         return open, (str(self.path), "w")  # creates the file, if it is ever called
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"kind": "best_model", "parameters": x}], ids=["alone", "inside"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"kind": "best_model", "model": x}], ids=["alone", "inside"])
 @pytest.mark.parametrize(
     "write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))], ids=["zip", "pickle"]
 )
@@ -82,28 +112,42 @@ def test_a_foreign_file_is_refused(foreign, tmp_path):
         checkpoint.load(tmp_path / "best_model.pt", "best_model")
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_a_file_of_an_older_version_is_refused_in_one_line(contents, tmp_path):
+    path = tmp_path / "best_model.pt"
+    torch.save({"mean": 0.286, "std": 0.353, "parameters": contents.pop("model"), **contents}, path)
+    with pytest.raises(UserError, match=r"best_model\.pt: is no .* file of this version of the project") as refused:
+        load_model(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         checkpoint.load(tmp_path / "best_model.pt", "best_model")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="folder"):
         checkpoint.load(tmp_path, "best_model")
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, message",
     [
-        lambda c: c.update(architecture="vgg"),
-        lambda c: c.update(output_dim=10),
-        lambda c: c.update(parameters=3),
-        lambda c: c["parameters"].pop("classifier.bias"),
-        lambda c: c["parameters"].update({"classifier.bias": torch.tensor([0.0, torch.nan])}),
+        (lambda c: c.update(architecture="vgg"), "architecture=vgg"),
+        (lambda c: c.update(activation="swish"), "names no model"),
+        (lambda c: c.update(output_dim=10), "don't fit"),
+        (lambda c: c.update(model=3), "don't fit"),
+        (lambda c: c["model"].pop("classifier.bias"), "don't fit"),
+        (lambda c: c["model"].pop("mean"), "don't fit"),
+        (lambda c: c["model"].update({"classifier.bias": torch.tensor([0.0, torch.nan])}), "not finite"),
     ],
-    ids=["architecture", "output_dim", "no dict", "one missing", "nan"],
+    ids=["architecture", "activation", "output_dim", "no dict", "parameter missing", "buffer missing", "nan"],
 )
-def test_parameters_that_do_not_fit_are_refused(change, contents, tmp_path):
+def test_parameters_that_do_not_fit_are_refused(change, message, contents, tmp_path):
     change(contents)
-    with pytest.raises(UserError):
-        checkpoint.rebuild(contents, tmp_path)
+    checkpoint.save(tmp_path / "best_model.pt", contents)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "best_model.pt")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The data have the right format, and only they are used."""
+"""Data: formats, splits, statistics, sources, damaged files."""
 
 import gzip
 
@@ -6,22 +6,25 @@ import pytest
 import torch
 
 import data_preprocessing as data
-from config import UserError
+from config import TrainSettings, UserError
 from data_preprocessing import IDX_FILES
 
 
 @pytest.mark.parametrize("split, count", [("train", 60_000), ("t10k", 10_000)])
-def test_images_are_uint8_28x28_and_garments_balanced(split, count, data_path):
-    images, garments = data.load_images(split, data_path)
+def test_images_are_uint8_28x28_and_classes_balanced(split, count, data_path):
+    images, fine_labels = data.load_images(split, data_path)
     assert images.shape == (count, 1, 28, 28) and images.dtype == torch.uint8
     assert images.min() == 0 and images.max() == 255
-    assert garments.dtype == torch.int64
-    assert torch.bincount(garments).tolist() == [count // 10] * 10
+    assert fine_labels.dtype == torch.int64
+    assert torch.bincount(fine_labels).tolist() == [count // 10] * 10
 
 
 def test_sandals_sneakers_and_ankle_boots_are_shoes():
-    assert data.labels_of(torch.arange(10), 2).tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 0, 1]
-    assert data.labels_of(torch.arange(10), 10).tolist() == list(range(10))
+    assert data.task_labels(torch.arange(10), 2).tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 0, 1]
+
+
+def test_ten_classes_have_the_fine_labels():
+    assert data.task_labels(torch.arange(10), 10).tolist() == list(range(10))
 
 
 def test_split_is_stratified_disjoint_and_complete(train_data):
@@ -47,41 +50,31 @@ def test_mean_and_std_are_those_of_the_given_images_only(train_data):
     assert mean == pytest.approx(pixels.mean().item()) and std == pytest.approx(pixels.std().item(), rel=1e-5)
 
 
-def test_normalised_training_images_have_mean_0_and_std_1(train_data):
-    images = train_data[0][:5_000]
-    x = data.normalise(images, *data.mean_and_std(images, torch.arange(5_000)))
-    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
-    assert x.mean().item() == pytest.approx(0, abs=1e-4) and x.std().item() == pytest.approx(1, abs=1e-3)
-
-
 def test_folds_validate_every_image_once_and_are_stratified(train_data):
-    garments = train_data[1]
-    folds = data.fold_indices(garments, 5, seed=0)
+    fine_labels = train_data[1]
+    folds = data.fold_indices(fine_labels, 5, seed=0)
     assert torch.cat([valid for _, valid in folds]).sort().values.equal(torch.arange(60_000))
     for train, valid in folds:
         assert torch.cat([train, valid]).sort().values.equal(torch.arange(60_000))
-        assert (torch.bincount(garments[valid]) == 1_200).all()
-        assert torch.bincount(garments[train[:1_000]]).min() > 50  # shuffled: a dry run sees every class
-    assert not folds[0][1].equal(data.fold_indices(garments, 5, seed=1)[0][1])
+        assert (torch.bincount(fine_labels[valid]) == 1_200).all()
+        assert torch.bincount(fine_labels[train[:1_000]]).min() > 50  # shuffled: a dry run sees every class
 
 
-def test_a_first_epoch_visits_every_training_image_once():
-    train = torch.randperm(1_000)[:600]
-    order = data.epoch_order(train, 600, torch.full((1_000,), torch.inf), torch.Generator().manual_seed(0))
-    assert order.sort().values.equal(train.sort().values) and not order.equal(train)
+def test_folds_follow_the_seed(train_data):
+    first, again, other = (data.fold_indices(train_data[1], 2, seed)[0][1] for seed in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
 
 
-def test_a_later_epoch_visits_the_hardest_images_and_none_twice():
-    train, losses = torch.arange(500), torch.rand(1_000)
-    losses[500:] += 10  # harder, but not in the training part
-    order = data.epoch_order(train, 100, losses, torch.Generator().manual_seed(0))
-    assert len(order.unique()) == 100 and order.max() < 500
-    assert torch.isin(losses[:500].topk(50).indices, order).all()
+def test_limit_keeps_the_first_training_images_and_all_validation_images(data_path):
+    cpu, settings = torch.device("cpu"), TrainSettings(data_dir=str(data_path))
+    whole, limited = (data.load_splits(one, cpu)[0] for one in (settings, settings.model_copy(update={"limit": 100})))
+    assert limited.train.equal(whole.train[:100]) and limited.valid.equal(whole.valid)
 
 
-def test_batches_have_equal_sizes_and_a_short_set_is_one_batch():
-    assert [len(batch) for batch in data.batches(torch.arange(25), 10)] == [10, 10]
-    assert [len(batch) for batch in data.batches(torch.arange(7), 10)] == [7]
+def test_runs_have_splits_of_their_own(data_path):
+    splits = data.load_splits(TrainSettings(data_dir=str(data_path)), torch.device("cpu"), runs=2)
+    assert splits[1].valid.equal(data.split_indices(splits[1].fine_labels, 0.1, seed=1)[1])
+    assert not splits[0].valid.equal(splits[1].valid)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +83,7 @@ def test_batches_have_equal_sizes_and_a_short_set_is_one_batch():
         lambda whole: whole[:-1],
         lambda whole: whole + b"\0",
         lambda whole: whole[:5_000] + b"\7" + whole[5_001:],
-        lambda whole: b"",
+        lambda _: b"",
     ],
     ids=["truncated", "longer", "altered", "empty"],
 )
@@ -152,7 +145,7 @@ HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
 
 
 @pytest.mark.parametrize(
-    "contents, complaint",
+    "contents, message",
     [
         (b"\0\0\x08", "too few"),
         (bytes([0, 0, 8, 3]) + HEADER[4:] + b"12345", "magic number is 2051"),
@@ -162,10 +155,10 @@ HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
     ],
     ids=["short", "dimensions", "type", "count", "elements"],
 )
-def test_a_wrong_idx_header_is_refused(contents, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_a_wrong_idx_header_is_refused(contents, message):
+    with pytest.raises(UserError, match=message):
         data.read_idx(bytearray(contents), (5,), "labels")
 
 
-def test_an_idx_file_is_read_as_it_says():
+def test_an_idx_file_is_read_in_order():
     assert data.read_idx(bytearray(HEADER + b"\1\2\3\4\5"), (5,), "labels").tolist() == [1, 2, 3, 4, 5]

@@ -1,206 +1,287 @@
-"""The conditional GAN: resumed to the bit, samples of the classes asked for, mixed into training."""
+"""The conditional GAN: resumes bitwise identical, samples of the chosen classes, generated images in training."""
 
-import copy
 import json
+import os
+import shlex
+import shutil
+import signal
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 import checkpoint
-import gan
-import train
-import training
-from config import ROOT, Settings, UserError, load_settings
-from data_preprocessing import GARMENTS, split_indices
-from gan_model import NOISE_DIM, Discriminator, Generator, draw, generate, load_generator, one_hot
-from metrics import frechet_distance, mean_distance
-from model import count_parameters, infer
+from config import ROOT, TrainSettings, UserError
+from data_preprocessing import CLASS_NAMES, load_splits
+from gan import sample, score
+from gan import train as gan_train
+from gan.networks import NOISE_DIM, Discriminator, Generator, draw, fixed_noise, generate, load_generator, one_hot
+from model import count_parameters, load_model
+from script import load_settings, run_script
+from trainer import Trainer, infer
 
-SHORT = ["limit=300", "batch_size=50"]
+SHORT = ["limit=300", "batch_size=50", "schedule=none"]
+CLASSIFIER = "classifier=runs/compact_cnn_plus/best_model.pt"
 
 
-def trained(out, *words):
-    gan.main(["train", *SHORT, *words, f"out_dir={out}"])
+def run(out, *words):
+    gan_train.main([*SHORT, *words, f"out_dir={out}"])
     return checkpoint.load(out / "checkpoint.pt", "gan_checkpoint")
 
 
+def is_same_run(one, other):
+    """Whether two checkpoints' contents have bitwise identical networks, samples and losses."""
+    networks = ("generator", "ema", "discriminator")
+    losses = [[line["generator_loss"] for line in state["history"]] for state in (one, other)]
+    samples = [torch.stack(state["samples"]) for state in (one, other)]
+    return (
+        losses[0] == losses[1]
+        and torch.equal(*samples)
+        and all(tensor.equal(other[network][name]) for network in networks for name, tensor in one[network].items())
+    )
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
+    """The contents of checkpoint.pt and the folder of a run of two epochs."""
     out = tmp_path_factory.mktemp("gan")
-    return trained(out, "epochs=2", "schedule=none"), out
+    return run(out, "epochs=2"), out
 
 
-def test_networks_map_noise_to_images_and_images_to_scores():
-    classes = one_hot(torch.tensor([3, 3, 7]))
-    images = Generator()(torch.randn(3, NOISE_DIM), classes)
+@pytest.fixture(scope="module")
+def generator(uninterrupted):
+    return load_generator(uninterrupted[1] / "generator.pt")[0]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_generator_maps_noise_to_images():
+    images = Generator()(torch.randn(3, NOISE_DIM), one_hot(torch.tensor([3, 3, 7])))
     assert images.shape == (3, 1, 28, 28) and images.abs().max() <= 1
-    scores, logits = Discriminator()(images, classes)
+
+
+def test_the_discriminator_maps_images_to_scores_and_logits():
+    scores, logits = Discriminator()(torch.zeros(3, 1, 28, 28), one_hot(torch.tensor([3, 3, 7])))
     assert scores.shape == (3,) and logits.shape == (3, 10)
+
+
+def test_the_networks_have_the_documented_parameters():
     assert [count_parameters(network) for network in (Generator(), Discriminator())] == [336_993, 407_787]
 
 
-def test_the_generator_is_at_most_2_megabytes(undisturbed):
-    assert (undisturbed[1] / "generator.pt").stat().st_size <= 2_000_000
+def test_the_generators_file_has_at_most_2_megabytes(uninterrupted):
+    assert (uninterrupted[1] / "generator.pt").stat().st_size <= 2_000_000
+
+
+def test_a_run_resumes_bitwise_identical(uninterrupted, tmp_path):
+    run(tmp_path, "epochs=1")
+    assert is_same_run(uninterrupted[0], run(tmp_path, "epochs=2", "resume=true"))
+
+
+def test_after_a_signal_the_printed_command_gives_a_bitwise_identical_run(uninterrupted, tmp_path, monkeypatch, capsys):
+    original, calls = gan_train.learning_rate, []
+
+    def signalling(*arguments):
+        calls.append(1)
+        if len(calls) == 8:  # of 12: in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(gan_train, "learning_rate", signalling)
+        patch.setattr(sys, "argv", ["gan/train.py"])
+        run_script(gan_train.main, [*SHORT, "epochs=2", f"out_dir={tmp_path}"])
+    assert (end.value.code, len(calls)) == (143, 8)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("to continue: ")[2])
+    assert command[:2] == ["python", "gan/train.py"] and command[-1] == "resume=true"
+    gan_train.main(command[2:])
+    assert is_same_run(uninterrupted[0], checkpoint.load(tmp_path / "checkpoint.pt", "gan_checkpoint"))
+
+
+def test_resuming_under_other_settings_is_refused_by_name(uninterrupted):
+    with pytest.raises(UserError, match=r"ema_decay=0\.5 \(was 0\.999\)"):
+        run(uninterrupted[1], "epochs=2", "ema_decay=0.5", "resume=true")
+
+
+def test_an_epochs_samples_are_of_the_generators_ema(uninterrupted, generator):
+    noise, classes = fixed_noise(gan_train.GRID_COLUMNS)
+    assert uninterrupted[0]["samples"][-1].equal(generate(generator, classes, noise).squeeze(1))
+
+
+def test_the_ema_differs_from_the_generator_and_between_epochs(uninterrupted):
+    state = uninterrupted[0]
+    assert not state["ema"]["project.weight"].equal(state["generator"]["project.weight"])
+    assert not torch.equal(*state["samples"])
+
+
+def test_every_epoch_is_in_the_animation(uninterrupted):
+    with Image.open(uninterrupted[1] / "plots" / "training.gif") as animation:
+        assert animation.n_frames == 2
+
+
+def test_the_last_epochs_samples_are_drawn(uninterrupted):
+    assert (uninterrupted[1] / "plots" / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_writes_its_settings_and_a_line_per_epoch(uninterrupted):
+    settings, epochs = checkpoint.read_history(uninterrupted[1] / "history.jsonl")
+    assert settings["limit"] == 300 and [line["epoch"] for line in epochs] == [1, 2]
+    assert all({"seconds", "lr", "discriminator_loss", "generator_loss"} < line.keys() for line in epochs)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"epoch 1: a loss is .*nan.* in batch"):
+        run(tmp_path, "lr=1e30", "epochs=1")
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_class_decides_what_the_same_noise_becomes():
     generator, _ = load_generator(ROOT / "runs" / "gan" / "generator.pt")
-    path = ROOT / "runs" / "tiny_best" / "best_model.pt"
-    saved = checkpoint.load(path, "best_model")
-    noise, classes = gan.fixed_noise()
-    logits = infer(checkpoint.rebuild(saved, path), generate(generator, classes, noise), saved["mean"], saved["std"])
+    noise, classes = fixed_noise(10)
+    logits = infer(load_model(ROOT / "runs" / "tiny_best" / "best_model.pt"), generate(generator, classes, noise))
     assert (logits.argmax(1) == classes.argmax(1)).sum() >= 90  # of 100
 
 
-def test_resume_gives_the_same_bits(undisturbed, tmp_path):
-    trained(tmp_path, "epochs=1", "schedule=none")
-    resumed = trained(tmp_path, "epochs=2", "schedule=none", "resume=true")
-    for network in ("generator", "averaged", "discriminator"):
-        assert all(tensor.equal(resumed[network][name]) for name, tensor in undisturbed[0][network].items())
-    losses = [[line["generator_loss"] for line in state["history"]] for state in (undisturbed[0], resumed)]
-    assert losses[0] == losses[1]
-
-
-def test_an_epoch_is_drawn_by_the_average_of_its_generator(undisturbed):
-    generator, _ = load_generator(undisturbed[1] / "generator.pt")
-    noise, classes = gan.fixed_noise()
-    assert undisturbed[0]["frames"][-1].equal(generate(generator, classes, noise).squeeze(1))
-
-
-def test_every_epoch_is_in_the_pictures(undisturbed):
-    assert (undisturbed[1] / "plots" / "samples.png").exists()
-    with Image.open(undisturbed[1] / "plots" / "training.gif") as animation:
-        assert animation.n_frames == 2
-
-
-def test_sample_writes_as_many_of_each_class_as_asked_for(undisturbed):
-    gan.main(["sample", "per_class=3", "classes=Sneaker,T-shirt/top", f"out_dir={undisturbed[1]}"])
-    folders = {path.name: sorted(path.iterdir()) for path in (undisturbed[1] / "samples").iterdir()}
+def test_samples_are_written_for_each_chosen_class(uninterrupted):
+    sample.main(["per_class=3", "classes=Sneaker,T-shirt/top", f"out_dir={uninterrupted[1]}"])
+    folders = {path.name: sorted(path.iterdir()) for path in (uninterrupted[1] / "samples").iterdir()}
     assert {name: len(files) for name, files in folders.items()} == {"Sneaker": 3, "T-shirt-top": 3}
     with Image.open(folders["Sneaker"][0]) as image:
         assert image.size == (28, 28) and image.mode == "L"
 
 
-def test_samples_are_the_same_for_the_same_seed_alone(undisturbed):
-    generator, _ = load_generator(undisturbed[1] / "generator.pt")
+def test_samples_are_the_same_for_the_same_seed_only(generator):
     labels = torch.arange(10)
     assert draw(generator, labels, seed=1).equal(draw(generator, labels, seed=1))
     assert not draw(generator, labels, seed=1).equal(draw(generator, labels, seed=2))
 
 
-def test_score_says_what_samples_are_worth(undisturbed, monkeypatch):
-    monkeypatch.setattr(gan, "COMPARED", 100)
-    monkeypatch.setattr(gan, "LEARNER", {"recipe": "fast", "epochs": 1})
-    gan.main(["score", "limit=10000", "classifier=runs/compact_cnn_plus/best_model.pt", f"out_dir={undisturbed[1]}"])
-    scores = json.loads((undisturbed[1] / "scores.json").read_text())
-    assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no garments
-    assert scores["gan_train"] < 0.7 < scores["real_train"]
-    distances = scores["frechet_distance"]
-    assert distances["other real images"] < distances["blurred"] < distances["generated"]
-    assert set(scores["variety"]) == set(GARMENTS)
+def test_samples_replace_no_foreign_folder(uninterrupted):
+    (uninterrupted[1] / "samples" / "holiday").mkdir(parents=True)
+    with pytest.raises(UserError, match="samples/holiday: is no folder of a class"):
+        sample.main(["per_class=1", f"out_dir={uninterrupted[1]}"])
+    (uninterrupted[1] / "samples" / "holiday").rmdir()
 
 
-def test_score_refuses_too_few_images_to_compare_with(undisturbed):
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_tell_samples_from_real_images(uninterrupted, monkeypatch):
+    monkeypatch.setattr(score, "COMPARED", 100)
+    monkeypatch.setattr(score, "LEARNER", ["recipe=fast", "epochs=1"])
+    score.main(["limit=8000", CLASSIFIER, f"out_dir={uninterrupted[1]}"])
+    scores = json.loads((uninterrupted[1] / "scores.json").read_text())
+    assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no clothes
+    assert scores["gan_train"] < 0.65 < scores["real_train"]
+    assert scores["nearest_distance"]["validation"] < scores["nearest_distance"]["generated"]
+    assert set(scores["variety"]) == set(CLASS_NAMES)
+
+
+def test_too_few_images_to_compare_with_are_refused(uninterrupted):
     with pytest.raises(UserError, match="limit=20: leaves fewer than two images of some class"):
-        gan.main(["score", "limit=20", "classifier=runs/compact_cnn_plus/best_model.pt", f"out_dir={undisturbed[1]}"])
+        score.main(["limit=20", CLASSIFIER, f"out_dir={uninterrupted[1]}"])
 
 
-def test_a_classifier_that_has_seen_validation_images_is_no_judge(undisturbed):
+def test_a_classifier_that_saw_the_validation_images_is_refused(uninterrupted):
     with pytest.raises(UserError, match=r"fast/best_model\.pt: was trained with seed=0 valid_ratio=0\.05"):
-        gan.main(["score", "classifier=runs/fast/best_model.pt", f"out_dir={undisturbed[1]}"])
+        score.main(["classifier=runs/fast/best_model.pt", f"out_dir={uninterrupted[1]}"])
 
 
-def test_samples_take_no_strangers_place(undisturbed):
-    (undisturbed[1] / "samples" / "holiday").mkdir(parents=True)
-    with pytest.raises(UserError, match="samples/holiday: is none of the classes' folders"):
-        gan.main(["sample", "per_class=1", f"out_dir={undisturbed[1]}"])
-    (undisturbed[1] / "samples" / "holiday").rmdir()
+def test_a_classifier_of_other_classes_is_refused(uninterrupted):
+    with pytest.raises(UserError, match=r"classifier=best_model\.pt: has not Fashion-MNIST's ten classes"):
+        score.main(["classifier=best_model.pt", f"out_dir={uninterrupted[1]}"])
 
 
-def test_generated_images_are_their_share_of_training(undisturbed, tmp_path, monkeypatch):
-    seen = []
-    epoch_order = training.epoch_order
-    monkeypatch.setattr(training, "epoch_order", lambda order, *others: seen.append(order) or epoch_order(order, *others))
-    words = [*SHORT, "epochs=1", f"generator={undisturbed[1] / 'generator.pt'}", f"out_dir={tmp_path}"]
-    train.main([*words, "augment=gan", "gan_share=0.4"])
-    assert (seen[0] >= 60_000).sum() == 200 and len(seen[0]) == 500
+# ---- generated images in training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["augment=", "gan_share=0.5", "gan_fresh=true", "augment=gan:0.5"])
-def test_settings_of_generated_images_change_training(word, undisturbed, tmp_path):
-    parameters = []
-    for number, words in enumerate(([], [word])):
-        common = [*SHORT, "epochs=1", "augment=gan", f"generator={undisturbed[1] / 'generator.pt'}"]
-        train.main([*common, *words, f"out_dir={tmp_path / str(number)}"])
-        parameters.append(checkpoint.load(tmp_path / str(number) / "best_model.pt", "best_model")["parameters"])
-    assert any(not parameters[1][name].equal(tensor) for name, tensor in parameters[0].items())
+@pytest.fixture
+def build_trainer(uninterrupted):
+    """A function that makes a trainer whose training set has generated images."""
+
+    def build(*words):
+        common = ["limit=300", "batch_size=50", "augment=gan", f"generator={uninterrupted[1] / 'generator.pt'}"]
+        settings = load_settings([*common, *words], TrainSettings)
+        return Trainer(settings, settings.seed, *load_splits(settings, torch.device("cpu"))[0], torch.float32)
+
+    return build
 
 
-def test_a_generator_that_saw_the_validation_images_is_refused(undisturbed, tmp_path):
-    words = ["augment=gan", f"generator={undisturbed[1] / 'generator.pt'}", f"out_dir={tmp_path}"]
-    for word in ("seed=1", "valid_ratio=0.2"):
-        with pytest.raises(UserError, match="validation images"):
-            train.main([*SHORT, "epochs=1", *words, word])
+def test_generated_images_are_the_given_fraction_of_the_training_set(build_trainer):
+    trainer = build_trainer("gan_fraction=0.4")
+    assert (trainer.train >= 60_000).sum() == 200 and len(trainer.train) == 500
 
 
-def test_fresh_images_are_chosen_by_their_own_losses(undisturbed, train_data, monkeypatch):
-    words = ["augment=gan", "gan_fresh=true", "hard_share=0.5", "output_dim=10", "batch_size=50", "precision=float32"]
-    settings = load_settings([*words, f"generator={undisturbed[1] / 'generator.pt'}"], Settings)
-    train, valid = split_indices(train_data[1], 0.1, 0)
-    state = training.Training(settings, 0, *train_data, train[:300], valid[:300], torch.float32)
-    state.train_epoch(1, [])
-    before, known = copy.deepcopy(state.network), []
-    order = training.epoch_order
-    monkeypatch.setattr(training, "epoch_order", lambda *arguments: known.append(arguments[2].clone()) or order(*arguments))
-    state.train_epoch(2, [])
-    made = len(state.generated.garments)
-    logits = infer(before, state.images[-made:], state.mean, state.std)
-    losses = torch.nn.functional.cross_entropy(logits, state.labels[-made:], reduction="none")
-    torch.testing.assert_close(known[0][-made:], losses)
+def test_generated_images_are_of_every_class_equally(build_trainer):
+    assert build_trainer("gan_fraction=0.4").fine_labels[60_000:].bincount().tolist() == [20] * 10
+
+
+def test_generated_images_are_trained_on(build_trainer):
+    trainer = build_trainer("gan_fraction=0.5", "first_epoch_fraction=1")
+    trainer.train_epoch(1, [])
+    assert trainer.sampler.losses[60_000:].isfinite().all() and len(trainer.sampler.losses) == 60_300
+
+
+def test_generated_images_change_neither_normalisation_nor_validation(build_trainer):
+    one, other = build_trainer(), build_trainer("augment=")
+    assert (one.model.mean, one.model.std) == (other.model.mean, other.model.std)
+    assert one.valid_images.equal(other.valid_images) and one.valid_labels.equal(other.valid_labels)
+
+
+@pytest.mark.parametrize("word", ["augment=", "gan_fraction=0.5", "gan_fraction=0", "augment=gan:0.5"])
+def test_settings_of_generated_images_change_the_training_set(word, build_trainer):
+    one, other = build_trainer(), build_trainer(word)
+    assert len(one.images) != len(other.images) or not one.images.equal(other.images)
+
+
+@pytest.mark.parametrize("word", ["seed=1", "valid_ratio=0.2"])
+def test_a_generator_that_saw_the_validation_images_is_refused(word, build_trainer):
+    with pytest.raises(UserError, match=r"generator\.pt: was trained with seed=0 .*validation images"):
+        build_trainer(word)
+
+
+def test_a_generator_of_an_unknown_split_is_refused(build_trainer, uninterrupted, tmp_path):
+    contents = checkpoint.load(uninterrupted[1] / "generator.pt", "generator")
+    checkpoint.save(tmp_path / "generator.pt", {**contents, "settings": {"seed": 0}})
+    with pytest.raises(UserError, match="doesn't say on which images it was trained"):
+        build_trainer(f"generator={tmp_path / 'generator.pt'}")
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("script", "word", "message"),
     [
-        ([], "train|sample|score"),
-        (["paint"], "train|sample|score"),
-        (["sample", "classes=Shoe"], "nearest is 'Shirt'"),
-        (["sample", "per_class=0"], "per_class=0"),
-        (["train", "runs=4"], "runs=4: means nothing here"),
-        (["train", "batch_norm=true"], "batch_norm=true: means nothing here"),
-        (["train", "schedule=plateau"], "no validation loss that could stall"),
-        (["sample", "classes=,"], "there is no class ''"),
-        (["sample"], "generator.pt: there is no such file"),
-        (["train", "resume=true"], "checkpoint.pt: there is no such file"),
+        (sample, "classes=Shoe", "nearest is 'Shirt'"),
+        (sample, "classes=,", "there is no class ''"),
+        (sample, "per_class=0", "per_class=0"),
+        (sample, "seed=0", "generator.pt: there is no such file"),
+        (score, "noise_std=0", "noise_std=0"),
+        (gan_train, "runs=4", "runs=4: there is no setting 'runs' here"),
+        (gan_train, "batch_norm=true", "batch_norm=true: there is no setting"),
+        (gan_train, "schedule=plateau", "schedule=plateau: it should be 'none', 'cosine' or 'linear'"),
+        (gan_train, "resume=true", "checkpoint.pt: there is no such file"),
     ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_bad_input_is_refused_in_a_line(words, told, tmp_path):
-    with pytest.raises(UserError) as refusal:
-        gan.main([*words, f"out_dir={tmp_path}"] if words else [])
-    assert told in str(refusal.value) and "\n" not in str(refusal.value)
+def test_bad_input_is_refused_in_one_line(script, word, message, tmp_path):
+    with pytest.raises(UserError) as refused:
+        script.main([word, f"out_dir={tmp_path}"])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_help_needs_no_action(capsys):
-    with pytest.raises(SystemExit) as ended:
-        gan.main(["help"])
-    assert ended.value.code == 0 and "\nper_class=100" in capsys.readouterr().out
+@pytest.mark.parametrize("fraction", ["-0.1", "1", "1.5"])
+def test_a_fraction_below_0_or_from_1_is_refused(fraction):
+    with pytest.raises(UserError, match="gan_fraction"):
+        load_settings(["augment=gan", f"gan_fraction={fraction}"], TrainSettings)
 
 
-@pytest.mark.parametrize("share", ["-0.1", "1", "1.5"])
-def test_a_share_below_0_or_from_1_is_refused(share, tmp_path):
-    with pytest.raises(UserError, match="gan_share"):
-        train.main(["augment=gan", f"gan_share={share}", f"out_dir={tmp_path}"])
-
-
-def test_frechet_distance_is_that_of_the_normal_distributions():
-    generator = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 20_000, 3, generator=generator)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
-    # means 2 apart in one of three directions, standard deviations 1 and 3: 4 + 3 * (3 - 1)^2
-    assert frechet_distance(one, other * 3 + torch.tensor([2.0, 0, 0])) == pytest.approx(16, rel=0.03)
-
-
-def test_mean_distance_is_in_grey_levels():
-    images = torch.tensor([0, 10, 40], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 28, 28)
-    assert mean_distance(images) == pytest.approx((10 + 40 + 30) / 3)
+def test_a_checkpoint_of_another_kind_is_refused(uninterrupted, tmp_path):
+    shutil.copyfile(ROOT / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: is no gan_checkpoint file"):
+        run(tmp_path, "resume=true")

@@ -1,7 +1,10 @@
-"""Training: the same bits from the same seed, also through a resume; every setting matters."""
+"""Training runs: bitwise reproducible, also through a kill, a signal and a resume; every setting matters."""
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,19 +14,22 @@ import pytest
 import torch
 
 import checkpoint
-import model
-import teach
+import config
 import train
-import training
+import trainer
 from augmentation import FUNCTIONS
-from config import ROOT, Settings, UserError, run_script
-from data_preprocessing import labels_of, split_indices
-from model import build, folded, with_batch_norm
-from optimizer import learning_rate
+from config import ROOT, RunSettings, UserError
+from data_preprocessing import split_indices, task_labels
+from interrupts import lock_folder
+from layers import add_batch_norm, fuse_batch_norm
+from model import build_model, load_model
 from plots import draw_curves
-from stopping import claimed
+from run import is_done, run_epochs
+from script import run_script
+from tools import soft_targets
+from trainer import infer, loss_and_accuracy
 
-SHORT = ["limit=600", "epochs=3", "batch_size=64", "hard_share=0.5", "valid_ratio=0.02"]
+SHORT = ["limit=400", "epochs=3", "batch_size=64", "hard_fraction=0.5", "valid_ratio=0.01"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +43,9 @@ def run(out, *words):
     return checkpoint.load(out / "checkpoint.pt", "checkpoint")
 
 
-def same_parameters(one, other):
-    return all(tensor.equal(other["parameters"][name]) for name, tensor in one["parameters"].items())
+def is_same_model(one, other):
+    """Whether two files' contents have bitwise identical models."""
+    return all(tensor.equal(other["model"][name]) for name, tensor in one["model"].items())
 
 
 def without_seconds(history):
@@ -46,171 +53,167 @@ def without_seconds(history):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    """The contents of checkpoint.pt and the folder of a run from start to end."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     return run(out), out
 
 
-def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
-    again = run(tmp_path)
-    assert same_parameters(undisturbed[0], again)
-    assert without_seconds(undisturbed[0]["history"]) == without_seconds(again["history"])
-
-
-def test_images_that_the_first_epoch_leaves_out_are_looked_at(undisturbed):
-    assert undisturbed[0]["settings"]["first_share"] < 1
-    assert undisturbed[0]["image_losses"].isfinite().sum() == 600
-
+# ---- reproducibility and resume --------------------------------------------------------------------------------------
 
 KINDS = {
     "task 1": [],
-    "dropout and average": ["architecture=deep_cnn_dropout", "average=0.9"],
-    "batch normalisation": ["architecture=resnet8", "optimizer=sgd", "augment=hflip,crop,erase"],
+    "dropout and EMA": ["architecture=deep_cnn_dropout", "ema_decay=0.9"],
+    "batch norm": ["architecture=resnet8", "optimizer=sgd", "augment=hflip,crop,erase"],
     "plateau": ["schedule=plateau", "patience=1", "lr=0.1"],
+    "RMSprop": ["optimizer=RMSprop", "lr=0.001"],
     "runs": ["runs=2"],
-    "folds": ["folds=4", "epochs=1"],
+    "folds": ["folds=4", "epochs=1", "architecture=mlp"],
 }
 
 
-def same_runs(one, other):
-    """Whether two folders have the same parameters, best parameters and history, up to the seconds."""
+def are_same_runs(one, other):
+    """Whether two folders have bitwise identical models, best models and, up to the seconds, histories."""
     states = [checkpoint.load(out / "checkpoint.pt", "checkpoint") for out in (one, other)]
     bests = [checkpoint.load(out / "best_model.pt", "best_model") for out in (one, other)]
     histories = [without_seconds(state["history"]) for state in states]
     histories += [without_seconds(checkpoint.read_history(out / "history.jsonl")[1]) for out in (one, other)]
-    return same_parameters(*states) and same_parameters(*bests) and all(history == histories[0] for history in histories)
+    return is_same_model(*states) and is_same_model(*bests) and all(history == histories[0] for history in histories)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory, uninterrupted):
+    """A function that returns the folder of an uninterrupted run of a kind, trained once."""
+    folders = {"task 1": uninterrupted[1]}
+
+    def folder(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("whole")
+            run(folders[kind], *KINDS[kind])
+        return folders[kind]
+
+    return folder
+
+
+def test_the_same_seed_gives_a_bitwise_identical_run(uninterrupted, tmp_path):
+    run(tmp_path)
+    assert are_same_runs(uninterrupted[1], tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(whole, *KINDS[kind])
-    real, calls = training.evaluate, []
+def test_a_killed_run_resumes_bitwise_identical(kind, whole_runs, tmp_path, monkeypatch):
+    original, calls = trainer.loss_and_accuracy, []
 
     def dying(*arguments):
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("as good as killed: nothing runs after it")
-        return real(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(training, "evaluate", dying)
-        run(killed, *KINDS[kind])
-    run(killed, *KINDS[kind], "resume=true")
-    assert same_runs(whole, killed)
+        patch.setattr(trainer, "loss_and_accuracy", dying)
+        run(tmp_path, *KINDS[kind])
+    run(tmp_path, *KINDS[kind], "resume=true")
+    assert are_same_runs(whole_runs(kind), tmp_path)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("kind, step", [("dropout and average", 2), ("runs", 12), ("task 1", 7)])
-def test_a_signal_ends_the_batch_and_saves_all(kind, step, number, code, tmp_path, monkeypatch, capsys):
-    whole, ended = tmp_path / "whole", tmp_path / "ended"
-    run(whole, *KINDS[kind])
-    real, calls = training.learning_rate, []
+def interrupt(out, kind, step, number, monkeypatch, capsys):
+    """Train until a signal comes in a step; the exit code, the number of steps done, the words of the printed command."""
+    original, calls = trainer.learning_rate, []
 
     def signalling(*arguments):
         calls.append(1)
         if len(calls) == step:
             os.kill(os.getpid(), number)
-        return real(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(training, "learning_rate", signalling)
+        patch.setattr(trainer, "learning_rate", signalling)
         patch.setattr(sys, "argv", ["train.py"])
-        run_script(train.main, [*SHORT, *KINDS[kind], f"out_dir={ended}"])
-    assert end.value.code == code and len(calls) == step
-    assert f"python train.py {' '.join(SHORT)}" in capsys.readouterr().out.splitlines()[-1]
-    run(ended, *KINDS[kind], "resume=true")
-    assert same_runs(whole, ended)
+        run_script(train.main, [*SHORT, *KINDS[kind], f"out_dir={out}"])
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("to continue: ")[2])
+    return end.value.code, len(calls), command
 
 
-def test_two_runs_keep_out_of_each_others_folder(tmp_path):
-    with claimed(tmp_path):
-        with pytest.raises(UserError, match=f"process {os.getpid()} .* is at work there"):
-            run(tmp_path)
-    run(tmp_path, "epochs=1")  # it is free again
+@pytest.mark.parametrize(
+    ("kind", "step", "number", "code"),
+    [("dropout and EMA", 2, signal.SIGTERM, 143), ("task 1", 5, signal.SIGINT, 130), ("runs", 12, signal.SIGTERM, 143)],
+)
+def test_after_a_signal_the_printed_command_gives_a_bitwise_identical_run(
+    kind, step, number, code, whole_runs, tmp_path, monkeypatch, capsys
+):
+    end, steps, command = interrupt(tmp_path, kind, step, number, monkeypatch, capsys)
+    assert (end, steps, command[:2]) == (code, step, ["python", "train.py"])
+    assert (command[-1] == "resume=true") == (kind != "dropout and EMA")  # which is in its first epoch
+    train.main(command[2:])
+    assert are_same_runs(whole_runs(kind), tmp_path)
 
 
-def test_what_a_killed_save_left_behind_is_removed(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left, others = tmp_path / f".checkpoint.pt.{dead.pid}.part", tmp_path / f".scores.json.{os.getpid()}.part"
-    for path in (left, others):
-        path.touch()
-    with claimed(tmp_path):
-        assert not left.exists() and others.exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tmp_path, monkeypatch):
-    run(tmp_path, "epochs=2")
-    before = (tmp_path / "best_model.pt").read_bytes()
-    cross_entropy = model.F.cross_entropy
-
-    def exploding(*arguments, **keywords):
-        return cross_entropy(*arguments, **keywords) * float("nan")
-
-    monkeypatch.setattr(model.F, "cross_entropy", exploding)
-    with pytest.raises(UserError, match=r"epoch 3: the loss is nan in batch 1"):
-        run(tmp_path, "epochs=3", "resume=true")
-    assert (tmp_path / "best_model.pt").read_bytes() == before
-
-
-def test_a_validation_loss_that_is_not_finite_is_not_taken_for_the_lowest(tmp_path):
-    with pytest.raises(UserError, match="epoch 1: the validation loss is nan"):
-        run(tmp_path, "lr=1e30", "batch_size=600", "epochs=1", "hard_share=1", "first_share=1")
-    assert not (tmp_path / "best_model.pt").exists()
-
-
-def test_a_run_of_another_kind_of_device_goes_on_and_says_so(undisturbed, tmp_path, capsys):
-    random = {**undisturbed[0]["random"], "generator": torch.zeros(16, dtype=torch.uint8)}  # a GPU's state is that long
-    machine = {**undisturbed[0]["machine"], "device": "cuda"}
-    checkpoint.save(tmp_path / "checkpoint.pt", {**undisturbed[0], "machine": machine, "random": random})
-    shutil.copyfile(undisturbed[1] / "best_model.pt", tmp_path / "best_model.pt")
-    assert run(tmp_path, "epochs=4", "resume=true")["epoch"] == 4
-    assert "goes on with device=cpu (was cuda): its end will not have the bits" in capsys.readouterr().out
-
-
-def test_a_finished_run_is_not_resumed_but_its_history_is_written_if_it_is_missing(undisturbed, tmp_path, capsys):
+def test_an_interrupt_in_the_first_epoch_leaves_an_old_checkpoint_and_does_not_propose_to_resume_it(
+    uninterrupted, tmp_path, monkeypatch, capsys
+):
     for name in ("checkpoint.pt", "best_model.pt"):
-        shutil.copyfile(undisturbed[1] / name, tmp_path / name)
+        shutil.copyfile(uninterrupted[1] / name, tmp_path / name)
+    _, _, command = interrupt(tmp_path, "task 1", 1, signal.SIGINT, monkeypatch, capsys)
+    assert command[:2] == ["python", "train.py"] and "resume=true" not in command
+    for name in ("checkpoint.pt", "best_model.pt"):
+        assert (tmp_path / name).read_bytes() == (uninterrupted[1] / name).read_bytes()
+
+
+def test_a_second_signal_does_not_wait_for_the_end_of_the_batch(tmp_path, monkeypatch):
+    def signalling(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the step goes on")
+
+    monkeypatch.setattr(trainer, "learning_rate", signalling)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+
+
+def test_a_run_from_another_device_resumes_with_a_warning(uninterrupted, tmp_path, capsys):
+    rng = {**uninterrupted[0]["rng"], "generator": torch.zeros(16, dtype=torch.uint8)}  # a GPU's state is that long
+    machine = {**uninterrupted[0]["machine"], "device": "cuda"}
+    checkpoint.save(tmp_path / "checkpoint.pt", {**uninterrupted[0], "machine": machine, "rng": rng})
+    shutil.copyfile(uninterrupted[1] / "best_model.pt", tmp_path / "best_model.pt")
+    assert run(tmp_path, "epochs=4", "resume=true")["epoch"] == 4
+    assert "resumes with device=cpu (was cuda): the result will not be bitwise" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_further_but_a_missing_history_is_written(uninterrupted, tmp_path, capsys):
+    for name in ("checkpoint.pt", "best_model.pt"):
+        shutil.copyfile(uninterrupted[1] / name, tmp_path / name)
     run(tmp_path, "resume=true")
     assert "nothing to resume" in capsys.readouterr().out
     for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
-        assert (tmp_path / name).read_bytes() == (undisturbed[1] / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (uninterrupted[1] / name).read_bytes()
 
 
-@pytest.mark.parametrize("several", ["runs=2", "folds=2"])
-def test_several_runs_do_not_go_on_for_more_epochs(several, tmp_path):
-    run(tmp_path, several, "epochs=1")
-    with pytest.raises(UserError, match=r"other settings: epochs=2 \(was 1\)"):
-        run(tmp_path, several, "epochs=2", "resume=true")
+@pytest.mark.parametrize(("kind", "epochs"), [("runs", 3), ("folds", 1)])
+def test_several_runs_do_not_resume_for_more_epochs(kind, epochs, whole_runs):
+    with pytest.raises(UserError, match=rf"other settings: epochs=4 \(was {epochs}\)"):
+        run(whole_runs(kind), *KINDS[kind], "epochs=4", "resume=true")
 
 
-def test_resuming_under_other_settings_is_refused_by_name(undisturbed):
+def test_resuming_under_other_settings_is_refused_by_name(uninterrupted):
     with pytest.raises(UserError, match=r"lr=0\.5 \(was 0\.02\)"):
-        run(undisturbed[1], "resume=true", "lr=0.5")
+        run(uninterrupted[1], "resume=true", "lr=0.5")
 
 
-def test_resuming_from_another_networks_state_is_refused(undisturbed, tmp_path):
-    altered = checkpoint.load(undisturbed[1] / "checkpoint.pt", "checkpoint")
+def test_resuming_from_another_models_state_is_refused(uninterrupted, tmp_path):
+    altered = checkpoint.load(uninterrupted[1] / "checkpoint.pt", "checkpoint")
     altered["optimizer"]["momenta"].pop()
     altered["history"] = altered["history"][:1]
     checkpoint.save(tmp_path / "checkpoint.pt", altered)
-    shutil.copyfile(undisturbed[1] / "best_model.pt", tmp_path / "best_model.pt")
+    shutil.copyfile(uninterrupted[1] / "best_model.pt", tmp_path / "best_model.pt")
     with pytest.raises(UserError, match=r"checkpoint\.pt: its state doesn't fit"):
         run(tmp_path, "resume=true")
 
 
-def test_resuming_without_the_best_network_is_refused(undisturbed, tmp_path):
-    shutil.copyfile(undisturbed[1] / "checkpoint.pt", tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"best_model\.pt: is gone"):
+def test_resuming_without_the_best_model_is_refused(uninterrupted, tmp_path):
+    shutil.copyfile(uninterrupted[1] / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"best_model\.pt: is missing"):
         run(tmp_path, "epochs=4", "resume=true")
-
-
-def test_beginning_anew_over_a_training_is_said(tmp_path, capsys):
-    run(tmp_path, "epochs=1")
-    assert "begins anew" not in capsys.readouterr().out
-    run(tmp_path, "epochs=1")
-    assert f"begins anew, over the training in {tmp_path}" in capsys.readouterr().out
 
 
 def test_resuming_nothing_is_refused(tmp_path):
@@ -218,64 +221,196 @@ def test_resuming_nothing_is_refused(tmp_path):
         run(tmp_path, "resume=true")
 
 
-def test_a_run_writes_its_settings_and_a_line_per_epoch(undisturbed):
-    settings, *epochs = map(json.loads, (undisturbed[1] / "history.jsonl").read_text().splitlines())
-    assert settings["limit"] == 600 and settings["schedule"] == "one_cycle"
+def test_starting_over_in_a_runs_folder_is_announced(tmp_path, capsys):
+    run(tmp_path, "epochs=1")
+    assert "starts over" not in capsys.readouterr().out
+    run(tmp_path, "epochs=1")
+    assert f"starts over, replacing the training in {tmp_path}" in capsys.readouterr().out
+
+
+# ---- folders and files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["architecture=resnet8", "output_dim=10"], ["output_dim=10"]])
+def test_another_model_than_task_1s_needs_an_out_dir_and_replaces_no_file(words, tmp_path, data_path, monkeypatch):
+    shutil.copyfile(ROOT / "config.json", tmp_path / "config.json")
+    for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
+        (tmp_path / name).write_text("Task 1's")
+    monkeypatch.setattr(config, "ROOT", tmp_path)  # nothing of ours is replaced if it is not refused
+    with pytest.raises(UserError, match="Task 1's files would be replaced; add out_dir=FOLDER"):
+        train.main([*SHORT, *words, f"data_dir={data_path}"])
+    for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
+        assert (tmp_path / name).read_text() == "Task 1's"
+
+
+def test_two_runs_keep_out_of_each_others_folder(tmp_path):
+    with lock_folder(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} .* is running there"):
+            run(tmp_path)
+    run(tmp_path, "epochs=1")  # it is free again
+
+
+def test_only_files_of_processes_that_were_killed_while_saving_are_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, other = tmp_path / f".checkpoint.pt.{dead.pid}.part", tmp_path / f".scores.json.{os.getpid()}.part"
+    for path in (left, other):
+        path.touch()
+    with lock_folder(tmp_path):
+        assert not left.exists() and other.exists()
+
+
+def test_a_run_writes_its_settings_and_a_line_per_epoch(uninterrupted):
+    settings, *epochs = map(json.loads, (uninterrupted[1] / "history.jsonl").read_text().splitlines())
+    assert settings["limit"] == 400 and settings["schedule"] == "linear" and settings["label_smoothing"] == 0
     assert [line["epoch"] for line in epochs] == [1, 2, 3]
     keys = ["epoch", "seconds", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
     assert all(list(line) == keys for line in epochs)
-    assert (undisturbed[1] / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_model_is_the_network_of_the_lowest_validation_loss_not_of_the_last_epoch(tmp_path, train_data):
+def test_a_run_draws_its_curves(uninterrupted):
+    assert (uninterrupted[1] / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_prints_its_settings_that_differ_from_the_defaults_in_one_line(tmp_path, capsys):
+    run(tmp_path, "epochs=1", "seed=0", "schedule=none")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("settings:")]
+    task1 = json.loads((ROOT / "config.json").read_text())
+    given = dict(word.split("=", 1) for word in [*SHORT, "epochs=1", f"out_dir={tmp_path}"])
+    keys = {key for key, value in task1.items() if value != RunSettings.model_fields[key].default} - {"schedule"}
+    assert {word.partition("=")[0] for word in shlex.split(line)[1:]} == keys | given.keys()
+
+
+def test_images_that_the_first_epoch_leaves_out_have_losses(uninterrupted):
+    assert uninterrupted[0]["settings"]["first_epoch_fraction"] < 1
+    assert uninterrupted[0]["sampler"]["losses"].isfinite().sum() == 400
+
+
+# ---- the best model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory):
+    """The contents of checkpoint.pt, the folder and the output of a run whose validation loss rises."""
+    out = tmp_path_factory.mktemp("stopped")
     words = ("epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none", "precision=float32")
-    ended = run(tmp_path, *words)
-    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
-    losses = [line["valid_loss"] for line in ended["history"]]
-    assert best["epoch"] == ended["best"]["epoch"] == losses.index(min(losses)) + 1 < len(losses)
-    images, garments = train_data
-    _, valid = split_indices(garments, 0.02, 0)
-    logits = model.infer(checkpoint.rebuild(best, tmp_path), images[valid], best["mean"], best["std"])
-    assert model.evaluate(logits, labels_of(garments[valid], 2)) == (min(losses), best["best"]["valid_accuracy"])
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        return run(out, *words), out, output.getvalue()
 
 
-def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(undisturbed, tmp_path, capsys):
+def test_patience_ends_a_run_that_no_longer_improves(stopped_early):
+    ended, _, output = stopped_early
+    assert len(ended["history"]) == ended["best"]["epoch"] + 1 < 50
+    assert f"early stopping after epoch {len(ended['history'])}" in output
+
+
+def test_best_model_is_of_the_lowest_validation_loss_not_of_the_last_epoch(stopped_early, train_data):
+    ended, out, _ = stopped_early
+    model, losses = load_model(out / "best_model.pt"), [line["valid_loss"] for line in ended["history"]]
+    best = model.metadata["best"]
+    assert model.metadata["epoch"] == best["epoch"] == losses.index(min(losses)) + 1 < len(losses)
+    images, fine_labels = train_data
+    _, valid = split_indices(fine_labels, 0.01, 0)
+    logits = infer(model, images[valid])
+    assert loss_and_accuracy(logits, task_labels(fine_labels[valid], 2)) == (min(losses), best["valid_accuracy"])
+
+
+def test_a_best_model_that_somebody_removes_is_written_again(stopped_early, tmp_path, monkeypatch):
+    best, words = checkpoint.load(stopped_early[1] / "best_model.pt", "best_model"), stopped_early[0]["settings"]
+    words = [f"{key}={words[key]}" for key in ("patience", "lr", "optimizer", "schedule", "precision")]
+    run_epoch = trainer.Trainer.run_epoch
+
+    def removing(self, epoch, epochs):
+        (tmp_path / "best_model.pt").unlink(missing_ok=True)
+        return run_epoch(self, epoch, epochs)
+
+    monkeypatch.setattr(trainer.Trainer, "run_epoch", removing)
+    run(tmp_path, *words, "epochs=50")
+    assert is_same_model(best, checkpoint.load(tmp_path / "best_model.pt", "best_model"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "done"),
+    [([3, 2, 1], 0, False), ([3, 2, 2], 1, True), ([3, 2, 2], 2, False), ([1, 2, 3, 4], 0, True), ([], 1, False)],
+)
+def test_a_run_is_done_after_its_epochs_or_its_patience(losses, patience, done):
+    history = [{"epoch": epoch, "valid_loss": loss} for epoch, loss in enumerate(losses, 1)]
+    assert is_done(history, 4, patience) == done
+
+
+def test_runs_have_splits_and_seeds_of_their_own_and_the_best_is_kept(uninterrupted, tmp_path, capsys):
     several = run(tmp_path, "runs=2")
-    first, second = (without_seconds(training.epochs_of(several["history"], number)) for number in (1, 2))
+    first, second = (without_seconds(run_epochs(several["history"], number)) for number in (1, 2))
     assert [line.pop("run") for line in first + second] == [1, 1, 1, 2, 2, 2]
-    assert first == without_seconds(undisturbed[0]["history"])
+    assert first == without_seconds(uninterrupted[0]["history"])
     assert second == without_seconds(run(tmp_path / "alone", "seed=1")["history"])
-    draw_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")["best"]
     assert best["valid_loss"] == min(line["valid_loss"] for line in several["history"])
     assert f"best: run {best['run']}, epoch {best['epoch']}" in capsys.readouterr().out
 
 
-def test_averaged_weights_are_what_is_validated_and_kept(tmp_path):
-    state = run(tmp_path, "average=0.95", "epochs=1")
+def test_the_curves_of_several_runs_are_drawn(whole_runs, tmp_path):
+    draw_curves(whole_runs("runs") / "history.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ema_is_validated_and_saved(tmp_path):
+    state = run(tmp_path, "ema_decay=0.95", "epochs=1")
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
-    assert all(tensor.equal(state["averaged"][name]) for name, tensor in best["parameters"].items())
-    assert not same_parameters(best, state)
+    assert all(tensor.equal(state["ema"][name]) for name, tensor in best["model"].items())
+    assert not is_same_model(best, state)
 
 
-def test_one_image_that_cannot_be_normalised_is_told_in_one_line(tmp_path):
+def test_batch_norm_is_fused_in_the_saved_model(tmp_path):
+    state = run(tmp_path, "batch_norm=true", "epochs=1")
+    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
+    model = build_model("cnn", 2)
+    add_batch_norm(model)
+    model.load_state_dict(state["model"])
+    assert all(tensor.equal(best["model"][name]) for name, tensor in fuse_batch_norm(model).state_dict().items())
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_best_model(tmp_path, monkeypatch):
+    run(tmp_path, "epochs=2")
+    before = (tmp_path / "best_model.pt").read_bytes()
+    cross_entropy = trainer.F.cross_entropy
+
+    def exploding(*arguments, **keywords):
+        return cross_entropy(*arguments, **keywords) * float("nan")
+
+    monkeypatch.setattr(trainer.F, "cross_entropy", exploding)
+    with pytest.raises(UserError, match=r"epoch 3: the loss is nan in batch 1"):
+        run(tmp_path, "epochs=3", "resume=true")
+    assert (tmp_path / "best_model.pt").read_bytes() == before
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_taken_for_the_lowest(tmp_path):
+    with pytest.raises(UserError, match="epoch 1: the validation loss is nan"):
+        run(tmp_path, "lr=1e30", "batch_size=400", "epochs=1", "hard_fraction=1", "first_epoch_fraction=1")
+    assert not (tmp_path / "best_model.pt").exists()
+
+
+def test_a_batch_of_one_image_that_cannot_be_normalised_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="epoch 1: a batch of one image"):
         run(tmp_path, "architecture=compact_cnn", "batch_norm=true", "batch_size=1")
 
 
-def test_batch_normalisation_has_become_part_of_the_weights_that_are_kept(tmp_path):
-    state = run(tmp_path, "batch_norm=true", "epochs=1")
-    best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
-    network = build("cnn", 2)
-    with_batch_norm(network)
-    network.load_state_dict(state["parameters"])
-    assert all(tensor.equal(best["parameters"][name]) for name, tensor in folded(network).state_dict().items())
+@pytest.mark.parametrize("word", ["lr=0", "optimizer=LBFGS", "optimizer=Adm"])
+def test_a_wrong_setting_replaces_no_file(word, uninterrupted):
+    before = (uninterrupted[1] / "best_model.pt").read_bytes()
+    with pytest.raises(UserError, match=word):
+        run(uninterrupted[1], word)
+    assert (uninterrupted[1] / "best_model.pt").read_bytes() == before
 
 
-SETTINGS = [  # each beside what it matters with
+# ---- every setting, every recipe -------------------------------------------------------------------------------------
+
+SETTINGS = [  # each after those without which it has no effect
     "seed=1",
-    "limit=500",
+    "limit=350",
     "valid_ratio=0.03",
     "batch_size=32",
     "epochs=2",
@@ -287,135 +422,130 @@ SETTINGS = [  # each beside what it matters with
     "schedule=cosine",
     "warmup=0.5",
     "augment=",
-    "auxiliary=0",
-    "hard_share=0.4",
-    "first_share=0.7",
+    "aux_loss_weight=0",
+    "hard_fraction=0.4",
+    "first_epoch_fraction=0.7",
     "precision=float32 precision=bfloat16",
     "output_dim=10",
     "scaling=symmetric",
     "dropout=0.3",
     "activation=gelu",
     "init=he",
-    "whiten=true",
+    "batch_norm=true",
     "label_smoothing=0.1",
-    "epochs=1 folds=2",
+    "architecture=mlp",
+    "epochs=1 architecture=mlp folds=2",
     *(f"augment= augment={name}" for name in FUNCTIONS),
 ]
-ELSEWHERE = {  # what they change is said by tests of their own
-    *("recipe", "data_dir", "out_dir", "device", "architecture", "pretrained", "batch_norm", "runs", "patience", "average"),
-    *("teacher", "teacher_share", "temperature", "gan_share", "gan_fresh", "generator"),
+ELSEWHERE = {  # their effects have tests of their own
+    *("recipe", "data_dir", "out_dir", "device", "pretrained", "runs", "resume", "patience", "ema_decay"),
+    *("teacher", "distill_weight", "gan_fraction", "generator"),
 }
 
 
 def test_every_setting_is_tried():
     tried = {word.split()[-1].partition("=")[0] for word in SETTINGS}
-    assert tried | ELSEWHERE == set(Settings.model_fields) and not tried & ELSEWHERE
+    assert tried | ELSEWHERE == set(RunSettings.model_fields) and not tried & ELSEWHERE
 
 
-@pytest.mark.parametrize("word", SETTINGS)
-def test_every_setting_changes_something(word, undisturbed, tmp_path):
-    *beside, word = word.split()
-    one = run(tmp_path / "one", *beside) if beside else undisturbed[0]
-    other = run(tmp_path / "other", *beside, word)
-    shared = [name for name in other["parameters"] if name.startswith("features.")]
-    assert any(not other["parameters"][name].equal(one["parameters"][name]) for name in shared)
+@pytest.fixture(scope="module")
+def features_of(tmp_path_factory, uninterrupted):
+    """A function that returns the trained features of a run with further settings, trained once."""
+    known = {(): uninterrupted[0]}
+
+    def features(words):
+        if words not in known:
+            known[words] = run(tmp_path_factory.mktemp("setting"), *words)
+        return {name: tensor for name, tensor in known[words]["model"].items() if name.startswith("features.")}
+
+    return features
 
 
-@pytest.mark.parametrize("recipe", sorted({path.stem for path in (ROOT / "recipes").glob("*.json")} - {"gan"}))
+@pytest.mark.parametrize("words", SETTINGS)
+def test_every_setting_changes_the_trained_features(words, features_of):
+    one, other = features_of(tuple(words.split()[:-1])), features_of(tuple(words.split()))
+    assert one.keys() != other.keys() or any(not one[name].equal(tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.json")))
 def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
-    train.main([f"recipe={recipe}", "epochs=1", "limit=1000", "valid_ratio=0.02", f"out_dir={tmp_path}"])
+    train.main([f"recipe={recipe}", "epochs=1", "limit=200", "valid_ratio=0.005", "runs=1", f"out_dir={tmp_path}"])
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
 
-def test_a_teacher_with_the_whole_share_makes_the_labels_meaningless(undisturbed, tmp_path):
-    taught = [f"teacher={undisturbed[1] / 'best_model.pt'}", "teacher_share=1", "auxiliary=0"]
-    one, other = (run(tmp_path / smoothing, *taught, f"label_smoothing={smoothing}") for smoothing in ("0.0", "0.3"))
-    assert same_parameters(one, other)
-    assert not same_parameters(one, run(tmp_path / "warm", *taught, "temperature=5"))
-    assert not same_parameters(one, run(tmp_path / "shared", *taught, "teacher_share=0.5"))
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+
+def test_with_all_weight_on_the_teacher_the_labels_have_no_effect(uninterrupted, tmp_path):
+    words = [f"teacher={uninterrupted[1] / 'best_model.pt'}", "aux_loss_weight=0", "epochs=1"]
+    whole = ["distill_weight=1"]
+    one, other = (run(tmp_path / smoothing, *words, *whole, f"label_smoothing={smoothing}") for smoothing in ("0.0", "0.3"))
+    assert is_same_model(one, other)
+    assert not is_same_model(one, run(tmp_path / "half", *words, "distill_weight=0.5"))
 
 
 @pytest.fixture
-def targets(undisturbed, train_data, monkeypatch):
-    """What teach.py writes, of the first 50 images only."""
-    monkeypatch.setattr(teach, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
-    teach.main([f"out_dir={undisturbed[1]}", "precision=float32"])
-    return checkpoint.load(undisturbed[1] / "targets.pt", "targets")
+def targets(uninterrupted, train_data, monkeypatch):
+    """The contents of soft_targets.pt, of the first 50 images only."""
+    monkeypatch.setattr(soft_targets, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
+    soft_targets.main([f"out_dir={uninterrupted[1]}", "precision=float32"])
+    return checkpoint.load(uninterrupted[1] / "soft_targets.pt", "soft_targets")
 
 
-def test_targets_are_what_the_network_says_of_each_image_and_its_mirror_image(targets, undisturbed, train_data):
-    path, images = undisturbed[1] / "best_model.pt", train_data[0][:50]
-    best = checkpoint.load(path, "best_model")
-    network = checkpoint.rebuild(best, path)
-    logits = torch.stack([model.infer(network, x, best["mean"], best["std"]) for x in (images, images.flip(-1))])
+def test_soft_targets_are_the_log_probabilities_of_each_image_and_its_horizontal_flip(targets, uninterrupted, train_data):
+    model, images = load_model(uninterrupted[1] / "best_model.pt"), train_data[0][:50]
+    logits = torch.stack([infer(model, x) for x in (images, images.flip(-1))])
     assert torch.allclose(targets["log_probabilities"].float(), logits.log_softmax(2).mean(0), atol=1e-3, rtol=1e-3)
 
 
-def test_targets_that_call_shoes_clothes_are_believed(targets, train_data, tmp_path):
-    path = tmp_path / "targets.pt"
-    log_probabilities = torch.eye(2).mul(8).log_softmax(1)[1 - labels_of(train_data[1], 2)].half()  # (60000, 2)
+def test_soft_targets_that_are_wrong_are_learned(targets, train_data, tmp_path):
+    path = tmp_path / "soft_targets.pt"
+    log_probabilities = torch.eye(2).mul(8).log_softmax(1)[1 - task_labels(train_data[1], 2)].half()  # (60000, 2)
     checkpoint.save(path, {**targets, "log_probabilities": log_probabilities})
-    ended = run(tmp_path / "x", f"teacher={path}", "teacher_share=1", "auxiliary=0")
+    ended = run(tmp_path / "x", f"teacher={path}", "distill_weight=1", "aux_loss_weight=0")
     assert ended["history"][-1]["valid_accuracy"] < 0.1
 
 
-def test_targets_are_refused_where_they_say_nothing(targets, tmp_path):
-    path = tmp_path / "targets.pt"
-    for said in (torch.zeros(59_999, 2), torch.full((60_000, 2), torch.nan), 3):
-        checkpoint.save(path, {**targets, "log_probabilities": said})
-        with pytest.raises(UserError, match="run teach"):
-            run(tmp_path / "x", f"teacher={path}")
-    with pytest.raises(UserError, match="says nothing of generated images"):
-        run(tmp_path / "x", f"teacher={path}", "augment=gan")
+@pytest.mark.parametrize("log_probabilities", [torch.zeros(59_999, 2), torch.full((60_000, 2), torch.nan), 3])
+def test_soft_targets_of_other_images_or_not_finite_are_refused(log_probabilities, targets, tmp_path):
+    path = tmp_path / "soft_targets.pt"
+    checkpoint.save(path, {**targets, "log_probabilities": log_probabilities})
+    with pytest.raises(UserError, match=r"run tools/soft_targets\.py"):
+        run(tmp_path / "x", f"teacher={path}")
 
 
-def test_a_teacher_is_refused_if_it_saw_the_validation_images_or_tells_other_classes(undisturbed, tmp_path):
-    teacher = f"teacher={undisturbed[1] / 'best_model.pt'}"
-    for word, told in (
+def test_soft_targets_are_refused_for_generated_images(targets, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr("gan.networks.add_generated", lambda images, fine_labels, train, *_: (images, fine_labels, train))
+    with pytest.raises(UserError, match="has no targets for generated images"):
+        run(tmp_path, f"teacher={uninterrupted[1] / 'soft_targets.pt'}", "augment=gan")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
         ("seed=1", "validation images"),
         ("valid_ratio=0.05", "validation images"),
-        ("output_dim=10", "tells the classes clothes, shoe, not T-shirt/top"),
-        (f"teacher={ROOT / 'transfer' / 'best_model.pt'}", "tells the classes flats, heels, not clothes, shoe"),
+        ("output_dim=10", "has the classes clothes, shoe, not T-shirt/top"),
         ("runs=2", "leave runs=2 out"),
         ("folds=2", "leave folds=2 out"),
-    ):
-        with pytest.raises(UserError, match=told):
-            run(tmp_path, teacher, word)
-    checkpoint.save(tmp_path / "x.pt", {**torch.load(undisturbed[1] / "best_model.pt"), "settings": {"seed": 0}})
-    with pytest.raises(UserError, match="doesn't say on which images it was trained"):
+    ],
+)
+def test_a_teacher_does_not_fit_other_settings(word, message, uninterrupted, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, f"teacher={uninterrupted[1] / 'best_model.pt'}", word)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"seed": 0}}, "doesn't say on which images it was trained"),
+        ({"class_names": ["flats", "heels"]}, "has the classes flats, heels, not clothes, shoe"),
+    ],
+    ids=["split", "classes"],
+)
+def test_a_teacher_of_an_unknown_split_or_of_other_classes_is_refused(changes, message, uninterrupted, tmp_path):
+    best = checkpoint.load(uninterrupted[1] / "best_model.pt", "best_model")
+    checkpoint.save(tmp_path / "x.pt", {**best, **changes})
+    with pytest.raises(UserError, match=message):
         run(tmp_path, f"teacher={tmp_path / 'x.pt'}")
-
-
-def test_patience_stops_a_run_that_no_longer_improves(tmp_path, capsys):
-    ended = run(tmp_path, "epochs=50", "patience=1", "lr=0.1", "optimizer=sgd", "schedule=none")
-    assert len(ended["history"]) == ended["best"]["epoch"] + 1 < 50
-    assert "stopped early" in capsys.readouterr().out
-
-
-def test_schedules_rise_for_the_warmup_and_end_at_zero():
-    for schedule in ("one_cycle", "cosine"):
-        settings = train.TrainSettings(schedule=schedule, lr=2.0, warmup=0.25)
-        assert learning_rate(settings, 0) < 0.1
-        assert learning_rate(settings, 0.25) == 2.0
-        assert learning_rate(settings, 0.625) == pytest.approx(1.0)
-        assert learning_rate(settings, 1) == pytest.approx(0)
-
-
-def test_plateau_is_torchs():
-    losses = [1.0, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.4, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.1, patience=3, threshold=0
-    )  # acts after patience + 1
-    settings = train.TrainSettings(schedule="plateau", lr=1.0)
-    for epoch, loss in enumerate(losses, 1):
-        plateau.step(loss)
-        assert learning_rate(settings, 0, losses[:epoch]) == pytest.approx(optimizer.param_groups[0]["lr"])
-
-
-def test_a_wrong_setting_overwrites_nothing(undisturbed):
-    before = (undisturbed[1] / "best_model.pt").read_bytes()
-    with pytest.raises(UserError):
-        run(undisturbed[1], "lr=0")
-    assert (undisturbed[1] / "best_model.pt").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Task 2: what is frozen stays, episodes are independent and repeatable, any classes work, bad folders are refused.
+"""Task 2: frozen features, independent and reproducible episodes, any classes, bad folders.
 
 No test evaluates on Task 2's test images: queries come from the pool, or from folders made of training images.
 """
@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 import checkpoint
-from config import ROOT, UserError, load_settings
-from data_preprocessing import GARMENTS
-from model import infer
+from config import ROOT, UserError
+from data_preprocessing import CLASS_NAMES
+from model import freeze, load_model
+from script import load_settings
+from trainer import infer
 from transfer import few_shot, shoe_images, train_eval
 
 
@@ -27,20 +29,20 @@ def task1():
 
 @pytest.fixture(scope="module")
 def own_shoes(train_data, tmp_path_factory):
-    """A folder as a user makes it: three classes, four images of each to learn from, five to test."""
+    """A folder as a user makes it: three classes, four images of each to learn from, five to test on."""
     folder = tmp_path_factory.mktemp("own")
-    for garment in (1, 7, 8):
-        chosen = torch.nonzero(train_data[1] == garment).flatten()[:9].tolist()
+    for label in (1, 7, 8):
+        chosen = torch.nonzero(train_data[1] == label).flatten()[:9].tolist()
         for number, index in enumerate(chosen):
-            path = folder / ("train" if number < 4 else "test") / GARMENTS[garment] / f"{index}.png"
+            path = folder / ("train" if number < 4 else "test") / CLASS_NAMES[label] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(train_data[0][index, 0].numpy()).save(path)
     return folder
 
 
 @pytest.fixture(scope="module")
-def ran(own_shoes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ran")
+def out(own_shoes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
     train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}"])
     return out
 
@@ -60,12 +62,18 @@ def test_the_index_file_names_ankle_boots_and_no_image_twice(train_data):
     assert min(len(parts["pool"]["flats"]), len(parts["pool"]["heels"])) >= 40
 
 
-def test_the_shoes_folders_hold_the_data_sets_pixels(train_data, data_path):
-    shoe_images.write_shoes(("pool",), data_path)
-    part = shoe_images.read_part(shoe_images.SHOES_DIR / "pool", are_photographs=False)
-    for file, image in zip(part.files, part.images):
-        assert image.equal(train_data[0][int(file.stem)])
-    assert part.classes == ("flats", "heels") and part.labels.bincount().tolist() == list(part.counts)
+def test_the_pool_has_the_images_that_its_names_tell(train_data, data_path):
+    pool = shoe_images.load_shoes(("train", "pool"), data_path)["pool"]
+    for name, label, image in zip(pool.names, pool.labels, pool.images, strict=True):
+        class_name, index = name.split()
+        assert class_name == pool.classes[label] and image.equal(train_data[0][int(index)])
+
+
+def test_the_pool_has_the_counts_of_the_index_file(data_path):
+    indices = json.loads((ROOT / "transfer" / "shoes" / "indices.json").read_text())["pool"]
+    pool = shoe_images.load_shoes(("pool",), data_path)["pool"]
+    assert pool.classes == ("flats", "heels") and pool.labels.bincount().tolist() == list(pool.counts)
+    assert pool.counts == (len(indices["flats"]), len(indices["heels"]))
 
 
 def test_distorted_images_stay_images_and_differ(train_data):
@@ -76,12 +84,12 @@ def test_distorted_images_stay_images_and_differ(train_data):
     assert distorted.equal(few_shot.distort(images, torch.Generator().manual_seed(0)))
 
 
-def test_the_metric_shrinks_what_distortions_move_most(train_data):
+def test_the_metric_shrinks_the_directions_that_distortions_move_most(train_data):
     learner = pixel_learner(train_data[0][:300])
     values, directions = torch.linalg.eigh(learner.metric)
     images = train_data[0][300:400]
-    moved = learner._place(few_shot.distort(images, torch.Generator()).flatten(1) / 255.0)
-    moved = (moved - learner._place(images.flatten(1) / 255.0)) @ directions
+    moved = learner._normalize(few_shot.distort(images, torch.Generator()).flatten(1) / 255.0)
+    moved = (moved - learner._normalize(images.flatten(1) / 255.0)) @ directions
     assert 0 < values[0] < 0.1 and values[-1] <= 1.0001
     assert moved[:, :10].square().mean() > 100 * moved[:, -10:].square().mean()
 
@@ -114,83 +122,119 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
         assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
 
 
-def test_picks_stay_in_their_class_and_none_comes_twice():
+def test_supports_are_of_their_class_and_drawn_without_replacement():
     picks = shoe_images.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
     assert picks.shape == (50, 2, 4)
     assert picks[:, 0].max() == 4 and picks[:, 1].min() == 5 and picks[:, 1].max() == 13
     assert all(len(set(row)) == 4 for row in picks.flatten(0, 1).tolist())
+
+
+def test_without_a_generator_the_first_images_of_each_class_are_the_supports():
     assert shoe_images.draw_picks((5, 9), 2, 1, None).tolist() == [[[0, 1], [5, 6]]]
 
 
-def test_supports_that_are_queries_too_do_not_count():
+def test_supports_do_not_count_as_queries():
     layers = torch.tensor([[[1.0], [-1.0]]]), torch.zeros(1, 2)  # class 0 if the feature is positive
     features, labels = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.tensor([0, 1, 0, 1])
     assert train_eval.accuracies(features, labels, layers, None) == [0.5]
     assert train_eval.accuracies(features, labels, layers, torch.tensor([[[1], [2]]])) == [1.0]
 
 
-def test_the_kept_network_has_task_1s_convolutions_bit_for_bit_and_another_last_layer(ran, task1):
-    kept = checkpoint.load(ran / "best_model.pt", "best_model")
-    same = {name: tensor.equal(task1["parameters"][name]) for name, tensor in kept["parameters"].items() if "features" in name}
-    assert len(same) == 4 and all(same.values())
-    assert kept["parameters"]["classifier.weight"].shape == (3, 1568)
-    assert kept["class_names"] == ["Bag", "Sneaker", "Trouser"]
+def test_the_saved_model_has_task_1s_features_bitwise(out, task1):
+    saved = checkpoint.load(out / "best_model.pt", "best_model")["model"]
+    same = {name: tensor.equal(task1["model"][name]) for name, tensor in saved.items() if not name.startswith("classifier")}
+    assert len(same) == 6 and all(same.values())  # mean and std, weights and biases of two convolutions
 
 
-def test_a_frozen_tensor_that_changed_is_noticed(task1):
-    network = checkpoint.rebuild(task1, ROOT / "checkpoint.pt")
-    train_eval.freeze(network.features)
-    train_eval.check_frozen(network, task1["parameters"])
-    network.features[0].bias.data[0] += 1e-6
+def test_the_saved_model_has_a_last_layer_of_the_new_classes(out):
+    model = load_model(out / "best_model.pt")
+    assert model.classifier.weight.shape == (3, 1568)
+    assert model.metadata["class_names"] == ["Bag", "Sneaker", "Trouser"]
+
+
+def test_a_frozen_tensor_that_changed_is_reported(task1):
+    model = load_model(ROOT / "checkpoint.pt")
+    freeze(model.features)
+    train_eval.check_frozen(model, task1["model"])
+    model.features[0].bias.data[0] += 1e-6
     with pytest.raises(RuntimeError, match=r"features\.0\.bias"):
-        train_eval.check_frozen(network, task1["parameters"])
+        train_eval.check_frozen(model, task1["model"])
 
 
-def test_a_trainings_best_network_is_not_overwritten(own_shoes, task1, tmp_path):
+def test_a_trainings_best_model_is_not_replaced(own_shoes, task1, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", task1)
     with pytest.raises(UserError, match="holds a training"):
         train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}"])
 
 
-def test_any_recipes_network_can_be_the_frozen_one(own_shoes, tmp_path):
+def test_a_recipes_model_can_be_the_frozen_one(own_shoes, tmp_path):
     path = ROOT / "runs" / "compact_cnn_plus" / "best_model.pt"
-    train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={path}"])
-    kept, theirs = (checkpoint.load(file, "best_model")["parameters"] for file in (tmp_path / "best_model.pt", path))
-    assert all(tensor.equal(theirs[name]) for name, tensor in kept.items() if "features" in name)
+    train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"checkpoint={path}"])
+    saved, original = (checkpoint.load(file, "best_model")["model"] for file in (tmp_path / "best_model.pt", path))
+    assert all(tensor.equal(original[name]) for name, tensor in saved.items() if not name.startswith("classifier"))
     assert json.loads((tmp_path / "scores.json").read_text())["accuracy_mean"] > 0.9
 
 
-def test_own_classes_are_learnt_and_the_scores_agree_with_the_kept_network(ran, own_shoes):
-    scores = json.loads((ran / "scores.json").read_text())
-    kept = checkpoint.load(ran / "best_model.pt", "best_model")
-    test = shoe_images.read_part(own_shoes / "test", are_photographs=True)
-    logits = infer(checkpoint.rebuild(kept, ran), test.images, kept["mean"], kept["std"])
+def test_own_classes_are_learned_and_the_scores_agree_with_the_saved_model(out, own_shoes):
+    scores = json.loads((out / "scores.json").read_text())
+    test = shoe_images.read_part(own_shoes / "test")
+    logits = infer(load_model(out / "best_model.pt"), test.images)
     assert scores["test_images"] == 15 and scores["shots"] == 4 and scores["episodes"] == 1
     assert scores["accuracy_mean"] == (logits.argmax(1) == test.labels).double().mean().item() >= 0.8
-    assert {"support.png", "predictions.png"} <= {path.name for path in (ran / "plots").iterdir()}
 
 
-def test_episodes_report_their_mean_and_spread_and_repeat_with_the_seed(own_shoes, tmp_path):
-    reports = []
-    for name in ("a", "b"):
-        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path / name}", "shots=2", "episodes=20"])
-        reports.append(json.loads((tmp_path / name / "scores.json").read_text()))
-    one = reports[0]
-    assert one["per_episode"] == reports[1]["per_episode"] and len(one["per_episode"]) == 20
-    assert len(set(one["per_episode"])) > 1  # other supports, another layer
-    assert one["accuracy_mean"] == pytest.approx(np.mean(one["per_episode"]))
-    assert one["accuracy_std"] == pytest.approx(np.std(one["per_episode"], ddof=1))
-    assert one["accuracy_min"] == min(one["per_episode"]) and one["accuracy_max"] == max(one["per_episode"])
-    assert set(one["other_ways"]) == {train_eval.REFERENCE, train_eval.UNTRAINED, train_eval.PIXELS}
-    assert (tmp_path / "a" / "plots" / "accuracy_by_shots.png").exists()
+def test_one_episode_draws_its_supports_and_predictions(out):
+    assert {path.name for path in (out / "plots").iterdir()} == {"support.png", "predictions.png"}
 
 
-def test_it_runs_inside_its_own_folder_and_choosing_reads_no_test_image(tmp_path):
+@pytest.fixture(scope="module")
+def episodes(own_shoes, tmp_path_factory):
+    """The folders of two calls with the same seed."""
+    outs = [tmp_path_factory.mktemp("episodes") for _ in range(2)]
+    for out in outs:
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}", "shots=2", "episodes=20"])
+    return outs
+
+
+def test_episodes_are_reproducible_and_differ_from_each_other(episodes):
+    one, other = (json.loads((out / "scores.json").read_text())["per_episode"] for out in episodes)
+    assert one == other and len(one) == 20
+    assert len(set(one)) > 1  # other supports, another layer
+
+
+def test_episodes_report_their_mean_and_spread(episodes):
+    scores = json.loads((episodes[0] / "scores.json").read_text())
+    values = scores["per_episode"]
+    assert (scores["accuracy_mean"], scores["accuracy_std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert (scores["accuracy_min"], scores["accuracy_max"]) == (min(values), max(values))
+    assert set(scores["other_ways"]) == {train_eval.REFERENCE, train_eval.UNTRAINED, train_eval.PIXELS}
+
+
+def test_episodes_draw_accuracy_by_shots_and_the_pool(episodes):
+    names = {"support.png", "predictions.png", "accuracy_by_shots.png", "pool.png"}
+    assert {path.name for path in (episodes[0] / "plots").iterdir()} == names
+
+
+def test_inside_its_own_folder_settings_are_chosen_on_the_pool_without_a_file_written(tmp_path):
     words = ["query=pool", "episodes=5", "shots=2", f"out_dir={tmp_path}"]
     command = [sys.executable, "train_eval.py", *words]
     ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "accuracy on 113 images" in ended.stdout and not list(tmp_path.iterdir())  # of 117, four are supports
+
+
+def test_supports_from_the_pool_are_no_queries(train_data):
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=10))
+    rows = episodes.run({"pixels": pixel_learner(train_data[0][:100], rounds=0)})["pixels"][2]
+    right = np.array(rows) * 113  # of 117 images, four are supports
+    assert right == pytest.approx(right.round()) and len(rows) == 10
+
+
+def test_choosing_settings_reads_no_test_image(monkeypatch, tmp_path):
+    load_images = shoe_images.load_images
+    monkeypatch.setattr(shoe_images, "load_images", lambda split, path: load_images({"train": "train"}[split], path))
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2))
+    assert episodes.parts.keys() == {"train", "pool"}
 
 
 def test_an_episode_needs_an_image_to_test_on(own_shoes, tmp_path):
@@ -217,7 +261,7 @@ def spoil(folder, how):
 
 
 @pytest.mark.parametrize(
-    "how, words, complaint",
+    "how, words, message",
     [
         ("empty class", [], "has no image"),
         ("one class", [], "one class only"),
@@ -226,16 +270,16 @@ def spoil(folder, how):
         ("no test", [], "has no class folders"),
         ("nothing", ["shots=5"], "only 4 images"),
         ("nothing", ["shots=5", "episodes=3"], "only 4 images"),
-        ("nothing", ["task1=foreign.pt"], "no such file"),
-        ("nothing", ["task1=runs/gan/generator.pt"], "is no checkpoint file"),
+        ("nothing", ["checkpoint=foreign.pt"], "no such file"),
+        ("nothing", ["checkpoint=runs/gan/generator.pt"], "is no best_model file"),
         ("nothing", ["unlabelled=boot"], "unlabelled=boot"),
-        ("nothing", ["recipe=fast"], "recipe=fast: means nothing here"),
+        ("nothing", ["recipe=fast"], "recipe=fast: there is no setting 'recipe' here"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(how, words, complaint, own_shoes, tmp_path):
+def test_bad_input_is_refused_and_writes_nothing(how, words, message, own_shoes, tmp_path):
     folder = shutil.copytree(own_shoes, tmp_path / "own")
     spoil(folder, how)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         train_eval.main([f"shoes_dir={folder}", f"out_dir={tmp_path / 'out'}", *words])
     assert not (tmp_path / "out").exists()
 
@@ -244,8 +288,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(task1, own_shoes, tmp_p
     foreign = {**task1, "architecture": "vgg"}
     checkpoint.save(tmp_path / "other.pt", foreign)
     with pytest.raises(UserError, match="architecture=vgg"):
-        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"task1={tmp_path / 'other.pt'}"])
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"checkpoint={tmp_path / 'other.pt'}"])
 
 
-def test_without_out_dir_all_goes_to_transfer():
+def test_the_default_out_dir_is_transfer():
     assert load_settings([], train_eval.TransferSettings).out_path == ROOT / "transfer"

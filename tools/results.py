@@ -1,23 +1,26 @@
-"""The README's table of ten-class results and the picture of overfitting: `python results.py`.
+"""The README's table of ten-class results and the picture of overfitting: `python tools/results.py`.
 
-They come from what train.py and test.py wrote: a recipe's row is the mean over runs/NAME and runs/NAME/seed_*, wherever
-there is a scores.json. Replaces what stands between the two marks in README.md, and draws plots/overfitting.png. Trains
-and tests nothing.
+A recipe's row is the mean over runs/NAME and runs/NAME/seed_*, wherever train.py and test.py have left a scores.json. Replaces
+the text between the two marks in README.md, and draws plots/overfitting.png. Trains and tests nothing.
 """
 
 import json
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
 import plots
 from checkpoint import read_history, write_atomically
-from config import ROOT, UserError, run_script
+from config import ROOT, UserError
+from script import run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
-OURS = ("fast", "tiny_short", "resnet8_alone", "tiny_best", "wide_best")
+OURS = ("fast", "resnet8_alone", "tiny_best")
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
-MARKS = ("<!-- python results.py -->\n", "<!-- end of python results.py -->\n")
+MARKS = ("<!-- python tools/results.py -->\n", "<!-- end of python tools/results.py -->\n")
 
 
 def read_seeds(recipe: str, root: Path = ROOT) -> list[tuple[dict, dict, list[dict]]]:
@@ -47,14 +50,14 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
     spread = f" ± {statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2%}" if len(seeds) > 1 else ""
     runs = history[-1].get("run", 1)
     epochs = len(history) // runs
-    passes = settings["first_share"] + settings["hard_share"] * (epochs - 1)  # over all training images
+    full_epochs = settings["first_epoch_fraction"] + settings["hard_fraction"] * (epochs - 1)  # on all images, as many steps
     reference = REFERENCES.get(recipe.removesuffix("_plus"))
     cells = (
         f"`{recipe}`",
         f"{scores['parameters']:,}",
-        f"{scores['multiply_adds'] / 1e6:.1f} M",
+        f"{scores['macs'] / 1e6:.1f} M",
         f"{runs} x " * (runs > 1) + f"{epochs}",
-        f"{runs * passes:.4g}",
+        f"{runs * full_epochs:.4g}",
         f"{minutes:.1f}",
         f"**{accuracy:.2%}**{spread} (n={len(seeds)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
@@ -64,7 +67,7 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
 
 def table(root: Path = ROOT) -> str:
     lines = [
-        "| recipe | parameters | multiply-adds | epochs | passes | minutes | test accuracy | the reference's |",
+        "| recipe | parameters | MACs | epochs | epochs on all images | minutes | test accuracy | the reference's |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [line for recipe in RECIPES if (line := row(recipe, root))]
@@ -81,9 +84,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"{readme}: the lines {MARKS[0].strip()} and {MARKS[1].strip()} are missing; put them where the table goes"
         )
-    made = table()
-    write_atomically(readme, f"{before}{begin}{made}{end}{after}".encode())
-    print(made, end="")
+    rows = table()
+    write_atomically(readme, f"{before}{begin}{rows}{end}{after}".encode())
+    print(rows, end="")
     compared = {name: ROOT / "runs" / name / "history.jsonl" for name in ("deep_cnn", "deep_cnn_dropout")}
     if all(path.exists() for path in compared.values()):
         histories = {name: read_history(path)[1] for name, path in compared.items()}

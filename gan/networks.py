@@ -1,8 +1,8 @@
-"""The conditional GAN's two networks, noise and a class to an image, an image and a class to a score; drawing samples.
+"""The conditional GAN's generator and discriminator, and sampling from a trained generator.
 
-Classes come as weights float32 `(N, 10)` that add up to 1: one-hot for a class, anything between for a mixture.
+Classes are weights, float32 `(N, 10)`, that add up to 1: one-hot for a class, anything between for an interpolation.
 Miyato & Koyama 2018, arXiv 1802.05637 (projection, conditional batch normalisation); Miyato et al. 2018, arXiv
-1802.05957 (spectral normalisation); Odena et al. 2017, arXiv 1610.09585 (the discriminator classifies too); Radford et
+1802.05957 (spectral normalisation); Odena et al. 2017, arXiv 1610.09585 (auxiliary classifier); Radford et
 al. 2016, arXiv 1511.06434 (DCGAN's layers).
 """
 
@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import checkpoint
+from config import TrainSettings, parse_augment, resolve
 
 CLASSES = 10
 NOISE_DIM = 64
@@ -41,7 +42,7 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise `(N, 64)`, from a standard normal distribution, and classes to images `(N, 1, 28, 28)` in -1..1.
+    """Noise `(N, 64)`, from a standard normal distribution, and classes -> images `(N, 1, 28, 28)` in -1..1.
 
     336,993 parameters.
     """
@@ -68,8 +69,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images `(N, 1, 28, 28)` in -1..1 and classes to scores `(N,)`, high for real images of that class, and to logits
-    `(N, 10)` of the class that each image seems to be."""
+    """Images `(N, 1, 28, 28)` in -1..1 and classes -> scores `(N,)`, high for real images of that class, and logits `(N, 10)`
+    of an auxiliary classifier."""
 
     def __init__(self):
         super().__init__()
@@ -100,27 +101,50 @@ def generate(generator: Generator, classes: torch.Tensor, noise: torch.Tensor) -
     generator.eval()
     images = []
     batches = list(zip(noise.split(500), classes.split(500)))
-    for some, of in tqdm(batches, "generating", delay=1, disable=None, leave=False):
-        images.append(generator(some, of).add_(1).mul_(127.5).round_().to(torch.uint8))
+    for noise_batch, class_batch in tqdm(batches, "generating", delay=1, disable=None, leave=False):
+        images.append(generator(noise_batch, class_batch).add_(1).mul_(127.5).round_().to(torch.uint8))
     return torch.cat(images)
 
 
+def fixed_noise(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise `(10 * columns, 64)` and classes of a grid of samples: rows are classes, a column has the same noise."""
+    noise = torch.randn(columns, NOISE_DIM, generator=torch.Generator().manual_seed(0))
+    return noise.repeat(CLASSES, 1), one_hot(torch.arange(CLASSES).repeat_interleave(columns))
+
+
+def draw(generator: Generator, labels: torch.Tensor, seed: int, noise_std: float = 1.0) -> torch.Tensor:
+    """uint8 images `(N, 1, 28, 28)` of the classes `labels` `(N,)`, the same for the same seed.
+
+    `noise_std`: below 1, samples are more typical and less varied (truncation; Brock et al. 2019, arXiv 1809.11096, 3.1).
+    """
+    device = next(generator.parameters()).device
+    noise = torch.randn(len(labels), NOISE_DIM, generator=torch.Generator().manual_seed(seed)) * noise_std
+    return generate(generator, one_hot(labels).to(device), noise.to(device))
+
+
 def load_generator(path: Path) -> tuple[Generator, dict]:
-    """The generator that gan.py saved, in evaluation mode, and the settings under which it was trained.
+    """A trained generator, in evaluation mode, and the settings under which it was trained.
 
     Raises UserError if the file is missing, damaged, foreign or of another kind.
     """
-    saved = checkpoint.load(path, "generator")
+    contents = checkpoint.load(path, "generator")
     generator = Generator()
-    checkpoint.fill(generator, saved, path)
-    return generator, saved["settings"]
+    checkpoint.load_parameters(generator, contents["model"], path)
+    return generator.eval(), contents["settings"]
 
 
-def draw(generator: Generator, labels: torch.Tensor, seed: int, spread: float = 1.0) -> torch.Tensor:
-    """uint8 images `(N, 1, 28, 28)` of the classes `labels` `(N,)`, the same for the same seed.
+def add_generated(
+    images: torch.Tensor, fine_labels: torch.Tensor, train: torch.Tensor, settings: TrainSettings, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The training images, fine labels and training indices with generated images added, as many of each class.
 
-    `spread`: the noise's standard deviation; below 1, samples are more typical and less varied.
+    Raises UserError if the generator's file is missing or damaged, or if it was trained on this split's validation images.
     """
-    device = next(generator.parameters()).device
-    noise = torch.randn(len(labels), NOISE_DIM, generator=torch.Generator().manual_seed(seed)) * spread
-    return generate(generator, one_hot(labels).to(device), noise.to(device))
+    path = resolve(settings.generator)
+    generator, generator_settings = load_generator(path)
+    checkpoint.check_same_split(path, generator_settings, seed, settings.valid_ratio)
+    count = max(1, round(len(train) * settings.gan_fraction / (1 - settings.gan_fraction)))
+    labels = torch.arange(count, device=images.device) % CLASSES
+    generated = draw(generator.to(images.device), labels, seed, parse_augment(settings.augment)["gan"])
+    train = torch.cat([train, torch.arange(count, device=images.device) + len(images)])
+    return torch.cat([images, generated]), torch.cat([fine_labels, labels]), train

@@ -1,7 +1,7 @@
-"""Every command in the README, dry: `python unittest/commands.py`, a few minutes. Exit code 1 if one of them fails.
+"""Run every command in the README, dry: `python tools/commands.py`, a few minutes. Exit code 1 if one of them fails.
 
-They run in a copy of the repository, in the README's order, with fewer images and epochs. Not run: pip and pytest, which
-who runs this has run, and bench.py, which measures.
+They run in a copy of the repository, in the README's order, with fewer images and epochs. Left out: pip, pytest and
+tools/bench.py, which measures.
 """
 
 import re
@@ -13,40 +13,27 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from PIL import Image
 
-from PIL import Image  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
-from config import Settings, load_settings  # noqa: E402
-from data_preprocessing import load_images  # noqa: E402
+from config import ROOT, Settings
+from data_preprocessing import load_images
 
-DRY = {
-    "train.py": ["epochs=1", "limit=1000"],
-    "gan.py": ["epochs=1", "limit=1000"],
-    "tune.py": ["epochs=1", "limit=1000", "trials=2"],
-}
-PHOTOS = {  # what the README's user has -> a training image that stands in for it
-    "photo_of_a_shoe.jpg": 0,
-    "another.png": 1,
-    "photo.jpg": 2,
-    **{
-        f"my_shoes/{part}/{name}/{number}.png": 10 * number
-        for part in ("train", "test")
-        for name, number in (("a", 1), ("b", 2))
-    },
-}
+DRY = {"train.py": ["epochs=1", "limit=1000"], "tune.py": ["epochs=1", "limit=1000", "trials=2"]}
+PHOTOS = {"photo_of_a_shoe.jpg": 0, "another.png": 1, "photo.jpg": 2}  # in the README -> training image in its place
+PHOTOS |= {f"my_shoes/{part}/{name}/1.png": 10 * label for part in ("train", "test") for name, label in (("a", 1), ("b", 2))}
 
 
 def commands(readme: str) -> list[list[str]]:
     """The words of the README's commands, in order."""
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-    return [words for words in parts if words and not {"pip", "pytest", "bench.py"} & set(words)]
+    return [words for words in parts if words and not {"pip", "pytest", "tools/bench.py"} & set(words)]
 
 
 def dry(words: list[str]) -> list[str]:
-    """The command with what makes it short in place of its own."""
+    """The command with settings that make it short in place of its own."""
     script = next(word for word in words if word.endswith(".py"))
     short = DRY.get(Path(script).name, [])
     if "resume=true" in words:
@@ -64,8 +51,8 @@ def main() -> int:
         copy = Path(folder, "repository")
         ignored = shutil.ignore_patterns(".git", ".venv", "data", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        (copy / "data").symlink_to(load_settings([], Settings).data_path)
-        images, _ = load_images("train", load_settings([], Settings).data_path)
+        (copy / "data").symlink_to(Settings().data_path)
+        images, _ = load_images("train", Settings().data_path)
         for name, index in PHOTOS.items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(255 - images[index, 0].numpy()).resize((280, 280)).save(copy / name)  # dark on white

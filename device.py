@@ -1,0 +1,57 @@
+"""Device, precision and memory of the arithmetic."""
+
+import ctypes
+import sys
+
+import torch
+
+from config import UserError
+from layers import SomeModel
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for the setting `device`. Raises UserError if torch doesn't find it."""
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in is_available.items() if found)
+    if not is_available[name]:
+        raise UserError(f"device={name}: torch finds none; use device=auto or device=cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of training for the setting `precision`: auto is bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        is_supported = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    else:
+        is_supported = False
+    return torch.bfloat16 if is_supported else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which a model on this device computes in this precision."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def move(model: SomeModel, device: torch.device) -> SomeModel:
+    """The model on the device. Apple's GPUs have no float64: there, the buffers `mean` and `std` become float32."""
+    return (model.float() if device.type == "mps" else model).to(device)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed memory for the next allocation of that size instead of returning it to the system.
+
+    Every step allocates the same activations again, and the system would hand them out page by page, filled with zeros,
+    which took half of the training time. Does nothing without glibc.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes: below it, memory comes from the heap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes: a shorter free end of the heap is kept

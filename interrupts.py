@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM wait for the end of a batch; two runs never write to the same folder."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import distributed
+from config import UserError
+
+_received = 0  # the signal that came since `deferred` began
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run ends after a signal; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _note(number: int, _: object) -> None:
+    global _received
+    if _received:
+        raise KeyboardInterrupt  # the second one doesn't wait
+    _received = number
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """While entered, Ctrl-C and SIGTERM only make the next `check` raise; a second one interrupts at once."""
+    global _received
+    _received = 0
+    before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raises Interrupted if a signal came to this process or to another one that trains with it."""
+    received = distributed.all_reduce_max(_received)
+    if received:
+        raise Interrupted(received)
+
+
+def resume_command(arguments: list[str], is_saved: bool) -> str:
+    """The command that continues this script's run, or starts it again if nothing is saved yet."""
+    start = ["python"]
+    if distributed.world_size() > 1:
+        start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    words = [word for word in arguments if not word.startswith("resume=")]
+    command = [*start, sys.argv[0], *words, *(["resume=true"] if is_saved else [])]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder` until this process ends, in whatever way. Raises UserError if one is in it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another out_dir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{folder}: {file.read()} is running there; wait for it or choose another out_dir") from None
+        for name in ("checkpoint.pt", "best_model.pt", "generator.pt", "history.jsonl"):
+            for part in folder.glob(f".{name}.*.part"):  # left by a run that was killed while saving
+                part.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be full; the text in the file only helps the next reader
+            file.truncate(0)
+            os.write(file.fileno(), os.fsencode(f"process {os.getpid()} ({' '.join(sys.argv)})"))
+        yield

@@ -1,0 +1,120 @@
+"""The command line of all scripts: settings, help, errors, exit codes, and how the process ends."""
+
+import atexit
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from config import Settings, UserError, as_text, config_path, read_config, unknown_setting
+
+HELP = {"help", "-h", "--help"}
+
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> SomeSettings:
+    """Merge `config.json` or the recipe with the command line's `key=value` words and validate the result.
+
+    Of the file, a script takes the settings that it has. `help` prints every setting and exits with 0.
+    Raises UserError, naming the key, its value, what is allowed and the nearest valid name.
+    """
+    given = {}
+    for word in arguments:
+        if word in HELP:
+            continue
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not understood; settings are written key=value, and help lists them")
+        given[key] = value
+    fields = settings_type.model_fields
+    path = config_path(given.get("recipe", ""))
+    from_file = read_config(path) if "recipe" in fields else {}
+    merged = {key: value for key, value in from_file.items() if key in fields}
+    if HELP & set(arguments):
+        print(describe(settings_type, merged | given))
+        raise SystemExit(0)
+    merged |= {key: _typed(settings_type, key, value) for key, value in given.items()}
+    try:
+        return settings_type(**merged)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        is_files = set(problem["loc"]) & from_file.keys() - given.keys()
+        raise UserError((f"{path}: " if is_files else "") + _explain(problem, settings_type)) from None
+
+
+def _typed(settings_type: type[Settings], key: str, text: str) -> object:
+    """The text as the setting's declared type where it reads as one, else unchanged, for pydantic to refuse."""
+    field = settings_type.model_fields.get(key)
+    if field is None or isinstance(field.default, str):
+        return text
+    if isinstance(field.default, bool):
+        return {"true": True, "false": False}.get(text, text)
+    try:
+        return int(text) if isinstance(field.default, int) else float(text)
+    except ValueError:
+        return text
+
+
+def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
+    if not problem["loc"]:  # several settings together
+        return problem["msg"].removeprefix("Value error, ")
+    key, given = str(problem["loc"][0]), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"{key}={given}: {unknown_setting(key, settings_type)}"
+    reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
+
+
+def describe(settings_type: type[Settings], values: dict) -> str:
+    """The text of `help`: every setting with its value, type, range and meaning, grouped by the class that declares it."""
+    lines, described = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]"], set[str]()
+    for group in reversed(settings_type.__mro__):
+        keys = [key for key in getattr(group, "__annotations__", {}) if key in settings_type.model_fields.keys() - described]
+        described |= set(keys)
+        lines += ["", f"{group.__doc__}:"] if keys else []
+        for key in keys:
+            field = settings_type.model_fields[key]
+            kind = getattr(field.annotation, "__name__", "")
+            if kind == "Literal":
+                kind = "|".join(map(str, get_args(field.annotation)))
+            for sign, bound in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt")):
+                kind += "".join(f", {sign} {getattr(rule, bound)}" for rule in field.metadata if hasattr(rule, bound))
+            lines.append(f"{key}={as_text(values.get(key, field.default))}  ({kind})\n    {field.description}")
+    return "\n".join(lines)
+
+
+def run_script(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
+    """Call `main(arguments)`. A UserError becomes one line on stderr and exit code 2, an interrupt exit code 130 or 143."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be Unicode
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of our output has closed the pipe; Python would flush to it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # 128 + SIGPIPE, which Windows does not have
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
+    if not _has_host(sys._getframe(1).f_back is not None):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # everything is on disk; destroying torch's objects in order would take another half second
+
+
+def _has_host(is_called: bool) -> bool:
+    """Whether other code needs this process after the script: a caller (cProfile, runpy, IPython), a tracer, a thread."""
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12
+    tools = [monitoring.get_tool(number) for number in range(6)] if monitoring else []
+    is_traced = sys.gettrace() or sys.getprofile() or any(tools)
+    is_threaded = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    return bool(is_called or is_traced or is_threaded)

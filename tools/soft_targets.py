@@ -1,0 +1,42 @@
+"""Save a trained model's predictions on the training images as soft targets: `python tools/soft_targets.py recipe=NAME`.
+
+Writes soft_targets.pt into out_dir: each training image's log-probabilities, averaged over the image and its horizontal flip.
+`python train.py teacher=runs/NAME/soft_targets.pt` then distils without computing the teacher in every step.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
+
+import checkpoint
+from config import RecipeSettings
+from data_preprocessing import load_images
+from device import choose_device, choose_precision, keep_freed_memory, move
+from model import load_model
+from script import load_settings, run_script
+from trainer import infer
+
+
+def main(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    settings = load_settings(arguments, RecipeSettings)
+    print("settings:", settings)
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    keep_freed_memory()
+    teacher = move(load_model(settings.out_path / "best_model.pt"), device)
+    images, _ = load_images("train", settings.data_path)
+    teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])
+    log_probabilities = teacher_logits.log_softmax(2).mean(0).half()  # (2, N, C) -> (N, C)
+    path = settings.out_path / "soft_targets.pt"
+    metadata = {key: teacher.metadata[key] for key in ("class_names", "settings", "epoch")}
+    checkpoint.save(path, {"kind": "soft_targets", "log_probabilities": log_probabilities, **metadata})
+    print(f"{len(images):,} images and their flips, {time.perf_counter() - started:.1f} s; wrote {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,324 @@
+"""Training one model: the loop over batches, its optional extras, validation, inference.
+
+`Trainer.train_epoch` is the loop. Label smoothing, distillation and the auxiliary loss are in `Criterion`, the moving average
+of the weights in `EMA`, the choice of hard images in `HardExampleSampler`; a training that sets none of them uses none.
+`run.py` calls `Trainer.run_epoch` for epoch after epoch, and saves and resumes.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from typing import Generic
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import interrupts
+from augmentation import augment
+from config import TrainSettings, UserError, parse_augment
+from data_preprocessing import CLASS_NAMES, class_names, mean_and_std, task_labels
+from device import autocast, move
+from distillation import load_teacher
+from layers import SomeModel, add_batch_norm, fuse_batch_norm
+from model import Classifier, build_model, load_imagenet_weights
+from optimizer import build_optimizer, learning_rate, set_lr
+
+TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al. 2015, arXiv 1503.02531, section 2
+
+
+@torch.inference_mode()
+def infer(
+    model: Classifier, images: torch.Tensor, precision: torch.dtype = torch.float32, *, features: bool = False
+) -> torch.Tensor:
+    """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)` on any device.
+
+    A terminal sees a progress bar if it takes longer than a second.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    forward = model.forward_features if features else model
+    outputs = []
+    batches = images.split(500)  # whose activations fit into the cache
+    for batch in tqdm(batches, "inference", delay=1, disable=None, leave=False):
+        with autocast(device, precision):
+            outputs.append(forward(batch.to(device)).float().cpu())
+    return torch.cat(outputs)
+
+
+def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy, in nats, and accuracy, in 0..1, of logits `(N, C)` and labels `(N,)`."""
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+class Criterion(nn.Module):
+    """The training loss of a model, which it contains, so that DistributedDataParallel sees all parameters.
+
+    Cross-entropy with label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7), distillation (Hinton et al. 2015,
+    arXiv 1503.02531, section 2) and the loss of an auxiliary head on the same features.
+    """
+
+    def __init__(self, model: Classifier, settings: TrainSettings):
+        super().__init__()
+        self.model, self.settings = model, settings
+        has_head = settings.aux_loss_weight > 0
+        self.aux_head = nn.Linear(model.classifier.in_features, len(CLASS_NAMES)) if has_head else None
+
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`."""
+        features = self.model.forward_features(images)
+        logits = self.model.classifier(features)
+        losses = F.cross_entropy(logits, labels, reduction="none")  # (N,)
+        loss = losses.mean()
+        if self.settings.label_smoothing:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        if teacher_logits is not None:
+            targets = (teacher_logits / TEMPERATURE).softmax(1)
+            distillation = F.cross_entropy(logits / TEMPERATURE, targets) * TEMPERATURE**2
+            loss = self.settings.distill_weight * distillation + (1 - self.settings.distill_weight) * loss
+        if self.aux_head is not None:
+            loss = loss + self.settings.aux_loss_weight * F.cross_entropy(self.aux_head(features), fine_labels)
+        return loss, torch.stack([losses.detach().float(), logits.argmax(1) == labels], 1)
+
+
+class EMA(Generic[SomeModel]):
+    """Exponential moving average of a model's parameters and running statistics. The decay is smaller in the first steps,
+    because the initial parameters are random (as in TensorFlow's ExponentialMovingAverage)."""
+
+    def __init__(self, model: SomeModel, decay: float):
+        self.model, self.decay = copy.deepcopy(model), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, latest in zip(self.model.state_dict().values(), model.state_dict().values()):
+            if mean.is_floating_point():
+                mean.lerp_(latest, 1 - decay)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+
+class HardExampleSampler:
+    """Epochs on a fraction of the training images: half of it those with the highest last loss, half drawn at random.
+
+    After one epoch almost every image is classified with certainty and has next to no gradient: a batch of such images
+    changes nothing. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
+    """
+
+    def __init__(self, train: torch.Tensor):
+        self.train = train
+        self.losses = torch.full((int(train.max()) + 1,), torch.inf, device=train.device)  # by image; infinite before a visit
+
+    def order(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """`count` of the training indices, shuffled."""
+        order = shuffle(self.train, generator)
+        if count == len(self.train):
+            return order
+        is_hard = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        is_hard[self.losses[order].topk(count // 2).indices] = True
+        chosen = torch.cat([order[is_hard], order[~is_hard][: count - count // 2]])
+        return shuffle(chosen, generator)
+
+    def record(self, indices: torch.Tensor, losses: torch.Tensor) -> None:
+        self.losses[indices] = losses.to(self.losses.device)
+
+    def unseen(self) -> torch.Tensor:
+        """The training indices whose loss is not known."""
+        return self.train[self.losses[self.train].isinf()]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.losses.copy_(state["losses"])
+
+
+def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+
+
+def split_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """`order` in batches of equal size; a shorter rest is left out, unless it is all there is."""
+    full = len(order) // batch_size * batch_size or len(order)
+    return order[:full].split(batch_size)
+
+
+class Trainer:
+    """One model in training: its data, model, optimizer and extras. Everything that changes is in its `state_dict`.
+
+    `images` uint8 `(N, 1, 28, 28)` and `fine_labels` int64 `(N,)` are on the device; `train` and `valid` are indices into
+    them. Raises UserError if processes or batch normalisation would get too small batches.
+    """
+
+    kind, model_kind = "checkpoint", "best_model"
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        seed: int,
+        images: torch.Tensor,
+        fine_labels: torch.Tensor,
+        train: torch.Tensor,
+        valid: torch.Tensor,
+        precision: torch.dtype,
+    ):
+        self.settings, self.precision, self.device = settings, precision, images.device
+        mean, std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
+        if "gan" in parse_augment(settings.augment) and settings.gan_fraction:
+            from gan.networks import add_generated  # here, because most trainings need none
+
+            images, fine_labels, train = add_generated(images, fine_labels, train, settings, seed)
+        self.images, self.fine_labels, self.train = images, fine_labels, train
+        self.labels = task_labels(fine_labels, settings.output_dim)
+        self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
+        fractions = [settings.first_epoch_fraction] + [settings.hard_fraction] * (settings.epochs - 1)
+        self.counts = [max(1, int(len(train) * fraction)) for fraction in fractions]  # images, by epoch
+        self.steps = [max(1, count // settings.batch_size) for count in self.counts]
+        smallest = min(settings.batch_size, *self.counts)
+        if smallest < distributed.world_size():
+            raise UserError(
+                f"{distributed.world_size()} processes can't share a batch of {smallest}; use a larger batch_size or limit"
+            )
+
+        torch.manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)  # of the order and the augmentation
+        model_keys = {"architecture", "output_dim", "dropout", "activation", "init"}
+        self.model = build_model(**settings.model_dump(include=model_keys))
+        if settings.pretrained:
+            load_imagenet_weights(self.model)
+        self.model.set_statistics(mean, std, images[train[:2000]].cpu())
+        if settings.batch_norm:
+            add_batch_norm(self.model)
+        move(self.model, self.device)
+        self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
+        self.sampler = HardExampleSampler(train) if min(fractions) < 1 else None
+        self.criterion = Criterion(self.model, settings).to(self.device)
+        self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
+        if distributed.rank():
+            torch.manual_seed(seed + distributed.rank())  # dropout differs between processes
+        trainable = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(settings, trainable)
+        self.teacher = load_teacher(settings, seed, self.device) if settings.teacher else None
+
+    def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> tuple[float, float]:
+        """Train on the epoch's batches; mean cross-entropy, in nats, and accuracy of its images while they were trained on.
+
+        `valid_losses`: of the epochs before. Raises UserError, before the parameters change, on a loss that is not finite.
+        """
+        self.ddp_criterion.train()
+        count = self.counts[epoch - 1]
+        order = self.sampler.order(count, self.generator) if self.sampler else shuffle(self.train, self.generator)
+        first_step, all_steps = sum(self.steps[: epoch - 1]), sum(self.steps)
+        seen, loss_sum, correct_sum = 0, 0.0, 0.0
+        bar = progress_bar(split_batches(order, self.settings.batch_size), epoch, self.settings.epochs)
+        for step, indices in enumerate(bar, first_step):
+            # augmented before it is sharded, so that the random numbers are the same for any number of processes
+            images = distributed.shard(augment(self.images[indices], self.settings.augment, self.generator))
+            shard = distributed.shard(indices)
+            with autocast(self.device, self.precision):
+                teacher_logits = self.teacher(images, shard) if self.teacher else None
+                loss, results = self.ddp_criterion(images, self.labels[shard], self.fine_labels[shard], teacher_logits)
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is {loss.item()} in batch {step - first_step + 1}; a smaller lr may help")
+            # the mean of the processes' gradients is that of the whole batch, also if their shards differ by an image
+            (loss * (distributed.world_size() * len(shard) / len(indices))).backward()
+            set_lr(self.optimizer, learning_rate(self.settings, step / all_steps, valid_losses))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema:
+                self.ema.update(self.model, step + 1)
+            losses, correct = distributed.gather_rows(results, len(indices)).unbind(1)  # (B,) each
+            if self.sampler:
+                self.sampler.record(indices, losses)
+            seen += len(indices)
+            loss_sum += losses.sum().item()
+            correct_sum += correct.sum().item()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss_sum / seen:.4f}, accuracy {correct_sum / seen:.2%}")
+            interrupts.check()
+        return loss_sum / seen, correct_sum / seen
+
+    def run_epoch(self, epoch: int, epochs: Sequence[dict]) -> dict:
+        """Train and validate; the epoch's line of history, after the lines `epochs`. Raises UserError, naming the epoch."""
+        started = time.perf_counter()
+        try:
+            train_loss, train_accuracy = self.train_epoch(epoch, [line["valid_loss"] for line in epochs])
+            if epoch == 1 and self.sampler and self.counts[0] < len(self.train):
+                self.score_unseen(self.sampler)
+            valid_loss, valid_accuracy = self.validate()
+        except ValueError as error:  # of batch normalisation, where one image gives it a single value
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(f"epoch {epoch}: a batch of one image can't be normalised; use a larger batch_size") from None
+        except UserError as error:
+            raise UserError(f"epoch {epoch}: {error}") from None
+        return {
+            "epoch": epoch,
+            "seconds": round(time.perf_counter() - started, 3),
+            "lr": self.optimizer.param_groups[0]["lr"],  # of the last step
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+        }
+
+    def score_unseen(self, sampler: HardExampleSampler) -> None:
+        """Record the losses of images that no epoch has visited."""
+        unseen = sampler.unseen()
+        logits = self.infer(self.model, self.images[unseen])
+        sampler.record(unseen, F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none"))
+
+    def validate(self) -> tuple[float, float]:
+        """Validation loss and accuracy. Raises UserError if the loss is not finite."""
+        loss, accuracy = loss_and_accuracy(self.infer(self.eval_model, self.valid_images), self.valid_labels)
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss is {loss}; a smaller lr may help")
+        return loss, accuracy
+
+    def infer(self, model: Classifier, images: torch.Tensor) -> torch.Tensor:
+        """Logits as `infer`'s, of which each process computes its shard."""
+        distributed.broadcast_buffers(model)
+        return distributed.gather_rows(infer(model, distributed.shard(images), self.precision), len(images))
+
+    @property
+    def eval_model(self) -> Classifier:
+        """A copy of the model that is validated and saved, in evaluation mode."""
+        return fuse_batch_norm(self.ema.model if self.ema else self.model)
+
+    def metadata(self) -> dict:
+        """What is needed to rebuild the model, and where it comes from."""
+        return {
+            **self.settings.model_dump(include={"architecture", "activation", "output_dim"}),
+            "class_names": list(class_names(self.settings.output_dim)),
+            **checkpoint.provenance(self.settings, self.device, self.precision),
+        }
+
+    def _parts(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema, "sampler": self.sampler}
+        return {**parts, "aux_head": self.criterion.aux_head}
+
+    def state_dict(self) -> dict:
+        states = {name: part.state_dict() if part else None for name, part in self._parts().items()}
+        return {**states, "rng": checkpoint.rng_state(self.generator)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError, TypeError, ValueError or RuntimeError if the state is another model's."""
+        for name, part in self._parts().items():
+            if part:
+                part.load_state_dict(state[name])
+        checkpoint.set_rng_state(state["rng"], self.generator)
+
+
+def progress_bar(batches: Sequence[torch.Tensor], epoch: int, epochs: int) -> tqdm:
+    """The batches with a progress bar on a terminal, of the first process."""
+    return tqdm(batches, f"epoch {epoch}/{epochs}", disable=True if distributed.rank() else None, leave=False, unit=" batches")
