@@ -24,12 +24,12 @@ def warp(images: torch.Tensor, *theta: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images.float() / 255, grid, align_corners=False).clamp_(0, 1)
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(count, generator=generator, device=generator.device) * (high - low) + low
 
 
 def hflip(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    chosen = _uniform(len(images), 0, 1, generator).view(-1, 1, 1, 1) < probability
+    chosen = uniform(len(images), 0, 1, generator).view(-1, 1, 1, 1) < probability
     return torch.where(chosen, images.flip(-1), images)
 
 
@@ -45,14 +45,14 @@ def shift(images: torch.Tensor, pixels: float, generator: torch.Generator) -> to
 
 
 def rotate(images: torch.Tensor, degrees: float, generator: torch.Generator) -> torch.Tensor:
-    angle = _uniform(len(images), -degrees, degrees, generator).deg2rad()
+    angle = uniform(len(images), -degrees, degrees, generator).deg2rad()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return (warp(images, cos, -sin, zero, sin, cos, zero) * 255).round_().to(torch.uint8)
 
 
 def crop(images: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    side = _uniform(len(images), 1 - fraction, 1, generator)
-    right, down = (_uniform(len(images), -1, 1, generator) * (1 - side) for _ in range(2))
+    side = uniform(len(images), 1 - fraction, 1, generator)
+    right, down = (uniform(len(images), -1, 1, generator) * (1 - side) for _ in range(2))
     zero = torch.zeros_like(side)
     return (warp(images, side, zero, right, zero, side, down) * 255).round_().to(torch.uint8)
 
@@ -65,7 +65,7 @@ def noise(images: torch.Tensor, levels: float, generator: torch.Generator) -> to
 def blur(images: torch.Tensor, sigma: float, generator: torch.Generator) -> torch.Tensor:
     from torchvision.transforms.v2.functional import gaussian_blur  # here: torchvision takes a second to import
 
-    weight = _uniform(len(images), 0, 1, generator).view(-1, 1, 1, 1)
+    weight = uniform(len(images), 0, 1, generator).view(-1, 1, 1, 1)
     blurred = gaussian_blur(images.float(), kernel_size=2 * int(3 * sigma) + 1, sigma=max(sigma, 1e-3))
     return images.float().lerp(blurred, weight).round_().to(torch.uint8)
 
@@ -73,14 +73,14 @@ def blur(images: torch.Tensor, sigma: float, generator: torch.Generator) -> torc
 def erase(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
     """A rectangle of noise: 2 % to 33 % of the image, sides at 0.3 to 3.3. Zhong et al. 2017, arXiv 1708.04896, section 3."""
     count, device = len(images), images.device
-    chosen = _uniform(count, 0, 1, generator) < probability
-    area = _uniform(count, 0.02, 0.33, generator) * 28 * 28
-    ratio = _uniform(count, -1.2, 1.2, generator).exp()  # e^1.2 = 3.3
+    chosen = uniform(count, 0, 1, generator) < probability
+    area = uniform(count, 0.02, 0.33, generator) * 28 * 28
+    ratio = uniform(count, -1.2, 1.2, generator).exp()  # e^1.2 = 3.3
     line = torch.arange(28, device=device)
 
     def inside(side: torch.Tensor) -> torch.Tensor:  # (N, 28): which rows, or columns, the rectangle covers
         side = side.round().clamp(1, 27)
-        first = (_uniform(count, 0, 1, generator) * (29 - side)).floor().unsqueeze(1)
+        first = (uniform(count, 0, 1, generator) * (29 - side)).floor().unsqueeze(1)
         return (line >= first) & (line < first + side.unsqueeze(1))
 
     rows = inside((area * ratio).sqrt()) & chosen.unsqueeze(1)

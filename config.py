@@ -137,6 +137,22 @@ class RecipeSettings(Settings):
         return resolve(self.out_dir or (f"runs/{self.recipe}" if self.recipe else "."))
 
 
+class ModelFileSettings(RecipeSettings):
+    """Model file"""
+
+    checkpoint: str = setting("", "the model's file, a best_model.pt or a checkpoint.pt; empty = best_model.pt in out_dir")
+
+    @property
+    def model_path(self) -> Path:
+        """Raises UserError if there is no such file."""
+        path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
+        if not path.exists():
+            raise UserError(
+                f"{path}: there is no such file; train.py with this recipe and out_dir makes it, or name checkpoint="
+            )
+        return path
+
+
 class ModelSettings(BaseModel):
     """Model"""
 

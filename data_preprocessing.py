@@ -5,10 +5,12 @@ The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; the 
 Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,9 +101,6 @@ def _read_verified(name: str, folder: Path, problems: list[str]) -> bytearray | 
 
 def _fetch_with_torchvision(folder: Path) -> Path:
     """Download all four files from the data set's own server; the folder that has them."""
-    import contextlib
-    import socket
-
     from torchvision.datasets import FashionMNIST
 
     patience = socket.getdefaulttimeout()
@@ -140,7 +139,7 @@ def _keep(fetched: Path, raw: Path) -> None:
                 continue
             if target.exists():
                 os.replace(target, f"{target}.damaged")
-            part = raw / f"{name}.part"
+            part = raw / f".{name}.{os.getpid()}.part"
             part.write_bytes(contents)
             os.replace(part, target)
     except OSError as error:

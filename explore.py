@@ -6,9 +6,12 @@ Prints how many test images are in the training set, exactly or nearly. It reads
 model: nothing here may choose a setting.
 """
 
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
 
 import plots
 from augmentation import augment

@@ -1,13 +1,16 @@
 """Ctrl-C and SIGTERM wait for the end of a batch; two runs never write to the same folder."""
 
+import errno
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 import distributed
 from config import UserError
@@ -61,27 +64,24 @@ def resume_command(arguments: list[str], is_saved: bool) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` until this process ends, in whatever way. Raises UserError if one is in it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
+    """Keep other runs out of `folder` until this process ends, in whatever way. Raises UserError if one is in it.
+
+    Where the file system has no locks (some NFS, Lustre, containers), it warns and goes on without one.
+    """
+    lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another run is writing there; wait for it or choose another out_dir") from None
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another out_dir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"{folder}: {file.read()} is running there; wait for it or choose another out_dir") from None
-        for name in ("checkpoint.pt", "best_model.pt", "generator.pt", "history.jsonl"):
-            for part in folder.glob(f".{name}.*.part"):  # left by a run that was killed while saving
-                part.unlink(missing_ok=True)
-        with suppress(OSError):  # the disk may be full; the text in the file only helps the next reader
-            file.truncate(0)
-            os.write(file.fileno(), os.fsencode(f"process {os.getpid()} ({' '.join(sys.argv)})"))
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(f"{folder}: can't be written ({error.strerror}); choose another out_dir") from None
+        print(f"warning: {folder} can't be locked here ({error.strerror}); start no second run in it", file=sys.stderr)
+    for name in ("checkpoint.pt", "best_model.pt", "generator.pt", "history.jsonl"):
+        for part in folder.glob(f".{name}.*.part"):  # left by a run that was killed while saving
+            part.unlink(missing_ok=True)
+    try:
         yield
+    finally:
+        lock.release()

@@ -20,6 +20,7 @@ architecture has a dropout layer before the classifier, if only with probability
 | fast_cnn | 29,178 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -278,6 +279,7 @@ def count_parameters(module: nn.Module) -> int:
 @torch.inference_mode()
 def summarize(model: nn.Module) -> list[LayerSummary]:
     """A row per layer, in the order of the forward pass."""
+    model = copy.deepcopy(model).eval()
     names = {module: name for name, module in model.named_modules() if not list(module.children())}
     rows = []
 
@@ -287,12 +289,9 @@ def summarize(model: nn.Module) -> list[LayerSummary]:
         shape = tuple(output.shape[1:])
         rows.append(LayerSummary(names[layer], type(layer).__name__, shape, count_parameters(layer), weights * places))
 
-    hooks = [layer.register_forward_hook(append_row) for layer in names]
-    was_training = model.training
-    model.eval()(torch.zeros(1, 1, 28, 28, dtype=torch.uint8, device=next(model.parameters()).device))
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
+    for layer in names:
+        layer.register_forward_hook(append_row)
+    model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8, device=next(model.parameters()).device))
     return rows
 
 

@@ -81,8 +81,10 @@ def _upright_rgb(path: Path) -> Image.Image:
         if image.mode == "F":
             raise UserError(f"{path}: floating point pixels have no known range; save it with 8 bits per channel")
         ImageOps.exif_transpose(image, in_place=True)  # first: the conversions below lose the orientation
-        if image.mode.startswith("I"):  # 16 bits per pixel: keep the upper 8
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode.startswith("I"):  # 8, 12 or 16 bits in a wider pixel, by its largest value
+            pixels = np.asarray(image).clip(0, 65535)
+            bits = next(bits for bits in (8, 12, 16) if pixels.max() < 2**bits)
+            image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
         if image.mode in ("P", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
         elif image.mode == "1":

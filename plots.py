@@ -1,12 +1,22 @@
 """Every picture, drawn from arrays and from history files into PNG files; no display is needed."""
 
 import io
+import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+try:
+    import matplotlib  # noqa: F401
+except ValueError:  # MPLBACKEND names a backend that is not installed here, as in a process that a notebook has started
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        del sys.modules[name]
+    os.environ["MPLBACKEND"] = "agg"
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,7 +34,8 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.2
 @contextmanager
 def picture(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = "constrained") -> Iterator[Figure]:
     """A figure of `size` inches, saved as PNG at the end, in our style over matplotlib's defaults, whatever the user's are."""
-    with style.context(["default", STYLE]):
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib's, about characters that its font lacks
         figure = Figure(figsize=size, layout=layout)
         yield figure
         buffer = io.BytesIO()
@@ -149,12 +160,7 @@ def draw_sheet(
 
 
 def draw_features(
-    points: np.ndarray,
-    explained: Sequence[float],
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    images: np.ndarray,
-    path: Path,
+    points: np.ndarray, explained: list[float], labels: np.ndarray, class_names: Sequence[str], images: np.ndarray, path: Path
 ) -> None:
     """Points `(N, 2)` coloured by class, and as many of the images `(N, 28, 28)` at their points as don't overlap.
 
@@ -183,9 +189,7 @@ def draw_features(
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.025), ncols=5)
 
 
-def draw_reliability(
-    counts: Sequence[int], confidences: Sequence[float], accuracies: Sequence[float], error: float, path: Path
-) -> None:
+def draw_reliability(counts: list[int], confidences: list[float], accuracies: list[float], error: float, path: Path) -> None:
     """Reliability diagram: accuracy and mean confidence of bins of equal confidence, of 10 images or more, and their counts."""
     bins = len(counts)
     middles = (np.arange(bins) + 0.5) / bins

@@ -6,14 +6,17 @@ taken. Prints the predictions and draws plots/prediction.png in out_dir.
 
 import os
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
+
 import plots
-from config import ROOT, RecipeSettings, UserError, setting
+from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
@@ -22,7 +25,7 @@ from script import HELP, load_settings, run_script
 from trainer import infer
 
 
-class PredictSettings(RecipeSettings):
+class PredictSettings(ModelFileSettings):
     """Prediction"""
 
     index: int = setting(-1, "number of the test image; -1 = a random one", ge=-1, lt=10_000)
@@ -52,13 +55,20 @@ def predict_views(
     print(f"wrote {path}")
 
 
+def is_setting(word: str) -> bool:
+    """Whether a word of the command line is a setting, not a file; a file's name may have an equals sign, too."""
+    key, equals, _ = word.partition("=")
+    is_file = key not in PredictSettings.model_fields and os.path.exists(word)
+    return word in HELP or (bool(equals) and "/" not in key and not is_file)
+
+
 def main(arguments: list[str]) -> None:
-    words = [word for word in arguments if "=" in word.partition("/")[0] or word in HELP]
+    words = [word for word in arguments if is_setting(word)]
     paths = [Path(word) if os.path.exists(word) else ROOT / word for word in arguments if word not in words]
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    model = move(load_model(settings.out_path / "best_model.pt"), choose_device(settings.device))
+    model = move(load_model(settings.model_path), choose_device(settings.device))
     picture = settings.out_path / "plots" / "prediction.png"
     if paths:
         originals, views = read_photographs(paths)

@@ -1,6 +1,7 @@
 """The command line of all scripts: settings, help, errors, exit codes, and how the process ends."""
 
 import atexit
+import contextlib
 import io
 import os
 import signal
@@ -90,12 +91,45 @@ def describe(settings_type: type[Settings], values: dict) -> str:
     return "\n".join(lines)
 
 
+class Output(io.TextIOBase):
+    """Standard output that may fail: on a full disk, one line on stderr, then silence, so that no work is lost."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._attempt(lambda: self.stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def _attempt(self, call: Callable):
+        try:
+            return call()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            print(f"warning: standard output can't be written ({error.strerror}); the script goes on", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what is in the stream's buffer
+
+
 def run_script(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Call `main(arguments)`. A UserError becomes one line on stderr and exit code 2, an interrupt exit code 130 or 143."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be Unicode
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # pythonw has none, nor has a process started with >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    stream = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None  # not in a notebook
+    if stream:
+        stream.reconfigure(errors="backslashreplace")  # a folder's name need not be Unicode
     try:
-        main(sys.argv[1:] if arguments is None else arguments)
+        with contextlib.redirect_stdout(Output(stream)) if stream else contextlib.nullcontext():
+            main(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

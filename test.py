@@ -1,20 +1,23 @@
-"""Evaluate best_model.pt on the 10,000 test images: `python test.py [recipe=NAME] [key=value ...]`.
+"""Evaluate best_model.pt on the 10,000 test images: `python test.py [recipe=NAME] [checkpoint=FILE] [key=value ...]`.
 
 Writes scores.json and plots (confusion matrix, mistakes, features in two dimensions, reliability, one random test image as
 predict.py draws it) into out_dir.
 """
 
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
+
 import checkpoint
 import plots
 import predict
-from config import RecipeSettings, setting
+from config import ModelFileSettings, setting
 from data_preprocessing import labels_for, load_images
 from device import choose_device, move
 from metrics import calibration, confusion_matrix, per_class_scores, wilson_interval
@@ -26,7 +29,7 @@ MAX_MISTAKES = 100  # in one picture
 TASKS = {2: "clothes or shoe", 10: "10-class Fashion-MNIST"}
 
 
-class TestSettings(RecipeSettings):
+class TestSettings(ModelFileSettings):
     """Test"""
 
     tta: Literal["none", "hflip"] = setting(
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TestSettings)
     print("settings:", settings)
     out = settings.out_path
-    path = out / "best_model.pt"
+    path = settings.model_path
     model = move(load_model(path), choose_device(settings.device))
     class_names = tuple(model.metadata["class_names"])
     images, fine_labels = load_images("t10k", settings.data_path)

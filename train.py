@@ -5,8 +5,11 @@ history.jsonl and plots/curves.png into out_dir. `resume=true` continues from ch
 """
 
 import statistics
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
 
 import checkpoint
 import distributed

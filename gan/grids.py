@@ -32,12 +32,10 @@ def draw_grid(images: np.ndarray, row_names: Sequence[str], heading: str, path: 
 
 def animate_grids(grids: Sequence[np.ndarray], rows: int, path: Path) -> None:
     """A grid `(rows * columns, 28, 28)` for each epoch, one after another, the last one longer: a GIF of 12 s at most."""
-    frames = []
-    for epoch, grid in enumerate(grids, 1):
-        tiled = _tile(grid, rows) // 16 * 17  # 16 greys make a quarter of the file
-        frame = Image.fromarray(np.pad(tiled, ((14, 0), (0, 0))))
+    # 16 greys make a quarter of the file
+    frames = [Image.fromarray(np.pad(_tile(grid, rows) // 16 * 17, ((14, 0), (0, 0)))) for grid in grids]
+    for epoch, frame in enumerate(frames, 1):
         ImageDraw.Draw(frame).text((2, 1), f"epoch {epoch}", fill=255)
-        frames.append(frame)
     buffer = io.BytesIO()
     milliseconds = [min(250, 9000 // len(frames))] * (len(frames) - 1) + [3000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)

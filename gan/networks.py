@@ -6,6 +6,7 @@ Miyato & Koyama 2018, arXiv 1802.05637 (projection, conditional batch normalisat
 al. 2016, arXiv 1511.06434 (DCGAN's layers).
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,13 +51,8 @@ class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         self.project = nn.Linear(NOISE_DIM + CLASSES, 64 * 7 * 7)
-        self.layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1, bias=False),  # 7 -> 14
-                nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),  # 14 -> 28
-                nn.Conv2d(32, 1, 3, padding=1),
-            ]
-        )
+        upsample = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
+        self.layers = nn.ModuleList([upsample(64, 64), upsample(64, 32), nn.Conv2d(32, 1, 3, padding=1)])  # 7 -> 14 -> 28
         self.norms = nn.ModuleList([ConditionalBatchNorm(channels) for channels in (64, 64, 32)])
         self.to(memory_format=torch.channels_last)
 
@@ -74,16 +70,10 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(
-            spectral_norm(nn.Conv2d(1, 32, 4, stride=2, padding=1)),  # 28 -> 14
-            nn.LeakyReLU(0.1, inplace=True),
-            spectral_norm(nn.Conv2d(32, 64, 4, stride=2, padding=1)),  # 14 -> 7
-            nn.LeakyReLU(0.1, inplace=True),
-            spectral_norm(nn.Conv2d(64, 128, 3, padding=1)),
-            nn.LeakyReLU(0.1, inplace=True),
-            spectral_norm(nn.Conv2d(128, 256, 3, stride=2, padding=1)),  # 7 -> 4
-            nn.LeakyReLU(0.1, inplace=True),
-        )
+        self.layers = nn.Sequential()
+        for shape in ((1, 32, 4, 2), (32, 64, 4, 2), (64, 128, 3, 1), (128, 256, 3, 2)):  # 28 -> 14 -> 7 -> 7 -> 4
+            self.layers.append(spectral_norm(nn.Conv2d(*shape, padding=1)))  # channels in and out, size, stride
+            self.layers.append(nn.LeakyReLU(0.1, inplace=True))
         self.score = spectral_norm(nn.Linear(256, 1))
         self.project = spectral_norm(nn.Linear(CLASSES, 256, bias=False))
         self.classify = nn.Linear(256, CLASSES)
@@ -99,11 +89,8 @@ class Discriminator(nn.Module):
 def generate(generator: Generator, classes: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """uint8 images `(N, 1, 28, 28)`, on the generator's device, of `classes` `(N, 10)` from `noise` `(N, 64)`."""
     generator.eval()
-    images = []
-    batches = list(zip(noise.split(500), classes.split(500)))
-    for noise_batch, class_batch in tqdm(batches, "generating", delay=1, disable=None, leave=False):
-        images.append(generator(noise_batch, class_batch).add_(1).mul_(127.5).round_().to(torch.uint8))
-    return torch.cat(images)
+    batches = tqdm(list(zip(noise.split(500), classes.split(500))), "generating", delay=1, disable=None, leave=False)
+    return torch.cat([generator(*batch).add_(1).mul_(127.5).round_().to(torch.uint8) for batch in batches])
 
 
 def fixed_noise(columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 import plots
 from config import Settings, TrainSettings, UserError, resolve, setting
-from data_preprocessing import CLASS_NAMES, load_images, split_indices
+from data_preprocessing import CLASS_NAMES, Split, load_images, split_indices
 from device import choose_device, choose_precision, keep_freed_memory, move
 from gan.networks import CLASSES, draw, load_generator
 from metrics import mean_distance, nearest
@@ -37,28 +37,23 @@ class ScoreSettings(Settings):
     classifier: str = setting("runs/tiny_best/best_model.pt", "the model that classifies the samples")
 
 
-def accuracy_after_training(
-    images: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, valid: torch.Tensor, settings: ScoreSettings
-) -> float:
-    """Accuracy, on the images at `valid`, of a fresh LEARNER trained on those at `train`."""
+def accuracy_after_training(split: Split, settings: ScoreSettings) -> float:
+    """Validation accuracy of a fresh LEARNER."""
     learner = load_settings([*LEARNER, f"seed={settings.seed}"], TrainSettings)
     device = choose_device(settings.device)
-    split = images.to(device), labels.to(device), train.to(device), valid.to(device)
+    split = Split(*(tensor.to(device) for tensor in split))
     trainer = Trainer(learner, learner.seed, *split, choose_precision(settings.precision, device))
-    for epoch in range(1, learner.epochs + 1):
-        line = trainer.run_epoch(epoch, [])
-    return line["valid_accuracy"]
+    lines = [trainer.run_epoch(epoch, []) for epoch in range(1, learner.epochs + 1)]
+    return lines[-1]["valid_accuracy"]
 
 
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, ScoreSettings)
     print("settings:", settings)
-    out, device = settings.out_path, choose_device(settings.device)
+    out, path, device = settings.out_path, resolve(settings.classifier), choose_device(settings.device)
     keep_freed_memory()
     generator, generator_settings = load_generator(out / "generator.pt")
-    generator.to(device)
-    path = resolve(settings.classifier)
     classifier = move(load_model(path), device)
     if tuple(classifier.metadata["class_names"]) != CLASS_NAMES:
         raise UserError(f"classifier={settings.classifier}: has not Fashion-MNIST's ten classes; name another")
@@ -71,7 +66,7 @@ def main(arguments: list[str]) -> None:
     if labels[train[:count]].bincount(minlength=CLASSES).min() < 2:
         raise UserError(f"limit={settings.limit}: leaves fewer than two images of some class to compare with; raise it")
     sample_labels = torch.arange(len(train)) % CLASSES
-    samples = draw(generator, sample_labels, settings.seed, settings.noise_std).cpu()
+    samples = draw(generator.to(device), sample_labels, settings.seed, settings.noise_std).cpu()
     few, few_labels = samples[:count], sample_labels[:count]
 
     scores: dict = {"n": count, "classifier": settings.classifier}
@@ -93,21 +88,18 @@ def main(arguments: list[str]) -> None:
     heading = "Generated, and the nearest training image with its distance (root mean square, in grey levels)"
     plots.draw_sheet(pairs.numpy(), titles, 10, heading, out / "plots" / "nearest.png")
     # GAN-train: what does a classifier learn from samples alone?
-    mixed, mixed_labels = torch.cat([samples, images[valid]]), torch.cat([sample_labels, labels[valid]])
-    first, last = torch.arange(len(mixed)).split([len(samples), len(valid)])
-    scores["gan_train"] = accuracy_after_training(mixed, mixed_labels, first, last, settings)
-    scores["real_train"] = accuracy_after_training(images, labels, train, valid, settings)
+    indices = torch.arange(len(train) + len(valid)).split([len(train), len(valid)])
+    mixed = Split(torch.cat([samples, images[valid]]), torch.cat([sample_labels, labels[valid]]), *indices)
+    scores["gan_train"] = accuracy_after_training(mixed, settings)
+    scores["real_train"] = accuracy_after_training(Split(images, labels, train, valid), settings)
 
     scores |= {"seconds": round(time.perf_counter() - started, 3), "versions": checkpoint.versions()}
     checkpoint.save_json(out / "scores.json", scores)
     print(f"GAN-test: {scores['gan_test']:.2%} of samples classified as intended ({scores['real_test']:.2%} of real images)")
     print(f"GAN-train: {scores['gan_train']:.2%} after training on samples alone ({scores['real_train']:.2%} on real images)")
     print("variety relative to real images:", ", ".join(f"{name} {value:.0%}" for name, value in scores["variety"].items()))
-    near = scores["nearest_distance"]
-    print(
-        f"nearest training image: median distance {near['generated']:.1f} grey levels, "
-        f"of validation images {near['validation']:.1f}; wrote {out / 'scores.json'}"
-    )
+    medians = "{generated:.1f} grey levels, of validation images {validation:.1f}".format(**scores["nearest_distance"])
+    print(f"nearest training image: median distance {medians}; wrote {out / 'scores.json'}")
 
 
 if __name__ == "__main__":

@@ -59,16 +59,15 @@ class GanTrainer:
         self.rng = torch.Generator(self.device).manual_seed(settings.seed)  # of the order and the noise
         self.generator, self.discriminator = Generator().to(self.device), Discriminator().to(self.device)
         self.ema = EMA(self.generator, settings.ema_decay)
-        self.optimizers = [
-            build_optimizer(settings, network.parameters(), beta1=0.0) for network in (self.generator, self.discriminator)
-        ]
+        networks = self.generator, self.discriminator
+        self.optimizers = [build_optimizer(settings, network.parameters(), beta1=0.0) for network in networks]
         self.samples: list[torch.Tensor] = []  # uint8 (100, 28, 28), a grid after each epoch
 
     def run_epoch(self, epoch: int, epochs: Sequence[dict]) -> dict:
         """Train both; the epoch's line of history. Raises UserError on a loss that is not finite."""
         started = time.perf_counter()
-        for network in (self.generator, self.discriminator):
-            network.train()
+        self.generator.train()
+        self.discriminator.train()
         order = self.train[torch.randperm(len(self.train), generator=self.rng, device=self.device)]
         batches = split_batches(order, self.settings.batch_size)
         totals = torch.zeros(2, dtype=torch.float64)
@@ -85,8 +84,7 @@ class GanTrainer:
         noise, classes = fixed_noise(GRID_COLUMNS)
         self.samples.append(generate(self.eval_model, classes.to(self.device), noise.to(self.device)).squeeze(1).cpu())
         discriminator_loss, generator_loss = (totals / len(batches)).tolist()
-        seconds = round(time.perf_counter() - started, 3)
-        line = {"epoch": epoch, "seconds": seconds, "lr": lr}
+        line = {"epoch": epoch, "seconds": round(time.perf_counter() - started, 3), "lr": lr}
         return {**line, "discriminator_loss": discriminator_loss, "generator_loss": generator_loss}
 
     def step(self, real: torch.Tensor, classes: torch.Tensor, lr: float) -> torch.Tensor:
@@ -95,9 +93,9 @@ class GanTrainer:
         Hinge losses (Lim & Ye 2017, arXiv 1705.02894), plus `aux_loss_weight` times the cross-entropy of the auxiliary
         classifier, which learns from real images only.
         """
-        for optimizer, factor in zip(self.optimizers, (1, DISCRIMINATOR_LR)):
-            set_lr(optimizer, lr * factor)
         generator_optimizer, discriminator_optimizer = self.optimizers
+        set_lr(generator_optimizer, lr)
+        set_lr(discriminator_optimizer, lr * DISCRIMINATOR_LR)
         noise = torch.randn(len(real), NOISE_DIM, generator=self.rng, device=self.device)
         with autocast(self.device, self.precision):
             fake = self.generator(noise, classes)
@@ -153,6 +151,7 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     split = load_splits(settings, device)[0]
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))
+    plots = run.out / "plots"
     if run.is_done():
         print(f"{run.path}: this run ended with epoch {len(run.history)}; there is nothing to resume")
     with run:
@@ -160,15 +159,11 @@ def main(arguments: list[str]) -> None:
         sizes = [f"{count_parameters(network):,}" for network in (trainer.generator, trainer.discriminator)]
         print(f"generator: {sizes[0]} parameters, discriminator: {sizes[1]}; {len(split.train):,} training images; {device}")
         for line in run.fit(trainer):
-            heading, path = f"epoch {line['epoch']}", run.out / "plots" / "samples.png"
-            draw_grid(trainer.samples[-1].numpy(), CLASS_NAMES, heading, path)
-            print(
-                f"epoch {line['epoch']:3d}  discriminator loss {line['discriminator_loss']:.4f}, "
-                f"generator loss {line['generator_loss']:.4f}  {line['seconds']:.1f} s",
-                flush=True,
-            )
-        animate_grids([grid.numpy() for grid in trainer.samples], CLASSES, run.out / "plots" / "training.gif")
-    print(f"wrote {run.model_path}, {run.out / 'plots' / 'training.gif'}")
+            draw_grid(trainer.samples[-1].numpy(), CLASS_NAMES, f"epoch {line['epoch']}", plots / "samples.png")
+            losses = f"discriminator loss {line['discriminator_loss']:.4f}, generator loss {line['generator_loss']:.4f}"
+            print(f"epoch {line['epoch']:3d}  {losses}  {line['seconds']:.1f} s", flush=True)
+        animate_grids([grid.numpy() for grid in trainer.samples], CLASSES, plots / "training.gif")
+    print(f"wrote {run.model_path}, {plots / 'training.gif'}")
 
 
 if __name__ == "__main__":

@@ -166,9 +166,7 @@ def test_time(settings: BenchSettings, folder: str, test: list[str]) -> None:
     Path(folder, "ours").mkdir()
     shutil.copy(path, f"{folder}/ours")
     commands = test, ["-c", "import torch"]
-    for command in commands:
-        run(*command)  # a warm-up: files come from disk, fonts are cached
-    pairs = [tuple(run(*command) for command in commands) for _ in range(settings.repeats)]
+    pairs = [tuple(run(*command) for command in commands) for _ in range(settings.repeats + 1)][1:]  # the first is a warm-up
     for name, values in zip(("python test.py", "import torch"), zip(*pairs)):
         print(summary(name, list(values), "s"))
     print(summary("ratio", [ours / other for ours, other in pairs], "times"))
@@ -187,7 +185,7 @@ def compare_with_ordinary(settings: BenchSettings, folder: str, train: list[str]
             print(f"seed {seed}: {name}: {seconds:.1f} s, validation loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True)
     kept = [min(epochs, key=lambda epoch: epoch[1]) for epochs in ordinary]
     for name, triples in (("ours", ours), ("ordinary training", kept)):
-        loss, accuracy = (statistics.mean(triple[place] for triple in triples) for place in (1, 2))
+        _, loss, accuracy = map(statistics.mean, zip(*triples))
         print(f"{name}: kept epochs' mean validation loss {loss:.5f}, accuracy {accuracy:.3%}")
     means = [statistics.mean(triple[2] for triple in epoch) for epoch in zip(*ordinary)]
     print("ordinary training's mean validation accuracy by epoch:", *(f"{mean:.3%}" for mean in means))

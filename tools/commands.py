@@ -40,17 +40,15 @@ def dry(words: list[str]) -> list[str]:
         short = ["epochs=2", *short[1:]]
     keys = {word.partition("=")[0] for word in short}
     command = [word for word in words if word.partition("=")[0] not in keys] + short
-    if command[0] == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
-    return [sys.executable, *command[1:]]
+    launcher = ["-m", "torch.distributed.run", "--standalone"] if command[0] == "torchrun" else []
+    return [sys.executable, *launcher, *command[1:]]
 
 
 def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "repository")
-        ignored = shutil.ignore_patterns(".git", ".venv", "data", "__pycache__")
-        shutil.copytree(ROOT, copy, ignore=ignored)
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "data", "__pycache__"))
         (copy / "data").symlink_to(Settings().data_path)
         images, _ = load_images("train", Settings().data_path)
         for name, index in PHOTOS.items():

@@ -66,12 +66,9 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
 
 
 def table(root: Path = ROOT) -> str:
-    lines = [
-        "| recipe | parameters | MACs | epochs | epochs on all images | minutes | test accuracy | the reference's |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [line for recipe in RECIPES if (line := row(recipe, root))]
-    return "\n".join(lines) + "\n"
+    header = "| recipe | parameters | MACs | epochs | epochs on all images | minutes | test accuracy | the reference's |"
+    rows = [line for recipe in RECIPES if (line := row(recipe, root))]
+    return "\n".join([header, "|---" * header.count(" |") + "|", *rows]) + "\n"
 
 
 def main(arguments: list[str]) -> None:
@@ -81,16 +78,13 @@ def main(arguments: list[str]) -> None:
     before, begin, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not end:
-        raise UserError(
-            f"{readme}: the lines {MARKS[0].strip()} and {MARKS[1].strip()} are missing; put them where the table goes"
-        )
+        raise UserError(f"{readme}: lacks the line {MARKS[0].strip()} or {MARKS[1].strip()}; put them around the table")
     rows = table()
     write_atomically(readme, f"{before}{begin}{rows}{end}{after}".encode())
     print(rows, end="")
-    compared = {name: ROOT / "runs" / name / "history.jsonl" for name in ("deep_cnn", "deep_cnn_dropout")}
-    if all(path.exists() for path in compared.values()):
-        histories = {name: read_history(path)[1] for name, path in compared.items()}
-        plots.draw_overfitting(histories, ROOT / "plots" / "overfitting.png")
+    paths = [ROOT / "runs" / name / "history.jsonl" for name in ("deep_cnn", "deep_cnn_dropout")]
+    if all(path.exists() for path in paths):
+        plots.draw_overfitting({path.parent.name: read_history(path)[1] for path in paths}, ROOT / "plots" / "overfitting.png")
     print(f"wrote the table to {readme}")
 
 

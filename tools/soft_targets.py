@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
 import checkpoint
-from config import RecipeSettings
+from config import ModelFileSettings
 from data_preprocessing import load_images
 from device import choose_device, choose_precision, keep_freed_memory, move
 from model import load_model
@@ -23,12 +23,12 @@ from trainer import infer
 
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
-    settings = load_settings(arguments, RecipeSettings)
+    settings = load_settings(arguments, ModelFileSettings)
     print("settings:", settings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
-    teacher = move(load_model(settings.out_path / "best_model.pt"), device)
+    teacher = move(load_model(settings.model_path), device)
     images, _ = load_images("train", settings.data_path)
     teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])
     log_probabilities = teacher_logits.log_softmax(2).mean(0).half()  # (2, N, C) -> (N, C)

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
@@ -30,7 +31,7 @@ from run import is_done
 from script import load_settings, run_script
 from trainer import Trainer
 
-SEARCH = {  # choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
+SEARCH: dict[str, Any] = {  # choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
     "lr": (1e-4, 3e-2),
     "batch_size": [64, 128, 256, 512],
     "epochs": (5, 30),
@@ -40,6 +41,7 @@ SEARCH = {  # choices, or the ends of a range, on a logarithmic scale if the low
     "augment.shift": (0, 3),
     "augment.erase": (0.0, 0.5),
 }
+ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 HEARTBEAT = 20  # seconds; a worker that is silent for three of them is taken for dead, and its trial is tried again
 
 
@@ -54,49 +56,48 @@ def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
     """Settings from SEARCH, except those that are fixed."""
     settings: dict[str, object] = {}
     for name, space in SEARCH.items():
-        if name in fixed or (name.startswith("augment.") and "augment" in fixed):
+        if name.partition(".")[0] in fixed:
             continue
         if isinstance(space, list):
             settings[name] = trial.suggest_categorical(name, space)
-            continue
-        low, high = space
-        if isinstance(low, int) and isinstance(high, int):
-            settings[name] = trial.suggest_int(name, low, high)
+        elif isinstance(space[0], int):
+            settings[name] = trial.suggest_int(name, *space)
         else:
-            settings[name] = trial.suggest_float(name, low, high, log=low > 0)
+            settings[name] = trial.suggest_float(name, *space, log=space[0] > 0)
     strengths = {name.removeprefix("augment."): settings.pop(name) for name in list(settings) if name.startswith("augment.")}
     if strengths:
         settings["augment"] = ",".join(f"{name}:{strength:.3g}" for name, strength in strengths.items() if strength)
     return settings
 
 
-def open_study(url: str, name: str) -> optuna.Study:
+def sqlite_url(path: Path) -> str:
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna takes the URL for a format string
+
+
+def open_study(url: str, name: str, attempts: int = 3) -> optuna.Study:
     """The trials at `url`, new or old. Raises UserError if that is no database that can be reached."""
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-    attempts = 3
-    while True:
-        attempts -= 1
-        try:
-            storage = optuna.storages.RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=3 * HEARTBEAT,
-                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
-            )
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-            return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=pruner)
-        except Exception as error:  # whatever a database's driver raises
-            if attempts and isinstance(error, sqlalchemy.exc.DBAPIError):
-                time.sleep(1)  # of workers that start at once, one makes the tables, and the others fail
-                continue
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"storage={url}: can't be opened ({reason}); check the URL") from None
+    try:
+        storage = optuna.storages.RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+        )
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+        return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=pruner)
+    except Exception as error:  # whatever a database's driver raises
+        if attempts > 1 and isinstance(error, sqlalchemy.exc.DBAPIError):
+            time.sleep(1)  # of workers that start at once, one makes the tables, and the others fail
+            return open_study(url, name, attempts - 1)
+        raise UserError(f"storage={url}: can't be opened ({' '.join(str(error).split())[:150]}); check the URL") from None
 
 
 def report(study: optuna.Study, words: list[str], out: Path) -> None:
     """Write the best settings as a recipe and draw the search. Raises UserError if no trial has a finite loss."""
-    trials = study.get_trials(states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED))
+    trials = study.get_trials(states=ENDED)
     completed = [trial for trial in trials if trial.state.name == "COMPLETE" and math.isfinite(trial.value or 0)]
     if not completed:
         raise UserError(f"{out}: no trial has ended with a finite loss yet; raise trials=N, or try smaller learning rates")
@@ -153,16 +154,15 @@ def main(arguments: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: can't be made ({error.strerror}); choose another out_dir") from None
-    url = settings.storage or f"sqlite:///{out / 'tune.db'}"
+    url = settings.storage or sqlite_url(out / "tune.db")
     study = open_study(url, settings.recipe or "task 1")
     known = study.user_attrs.get("words", shared)
     if known != shared and any(trial.state.name != "FAIL" for trial in study.get_trials(deepcopy=False)):
         raise UserError(f"{url}: has trials made with {' '.join(known)}; use the same, or another out_dir or storage")
     study.set_user_attr("words", shared)
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    if len(study.get_trials(states=states)) < settings.trials:
+    if len(study.get_trials(states=ENDED)) < settings.trials:
         try:
-            callbacks: list = [print_trial, optuna.study.MaxTrialsCallback(settings.trials, states=states)]
+            callbacks: list = [print_trial, optuna.study.MaxTrialsCallback(settings.trials, states=ENDED)]
             study.optimize(objective, callbacks=callbacks)
         except KeyboardInterrupt:
             print(f"\ninterrupted; the trials that have ended are in {url}, and the same command continues")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from augmentation import warp
+from augmentation import uniform, warp
 from optimizer import FusedOptimizer
 
 Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
@@ -23,15 +23,13 @@ SHARPNESS = 300.0  # logit of a discriminant of 1: calibrated on the pool
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each uint8 image `(N, 1, 28, 28)` stretched upwards, shifted and gamma-corrected at random."""
-
-    def between(low: float, high: float) -> torch.Tensor:
-        return torch.rand(len(images), generator=generator) * (high - low) + low
-
-    height = between(1 - STRETCH, 1 + STRETCH)
-    right, down = between(-SHIFT, SHIFT) / 14, between(-SHIFT, SHIFT) / 14  # an image is 2 wide: 14 pixels are 1
-    one, zero = torch.ones(len(images)), torch.zeros(len(images))
+    count = len(images)
+    height = uniform(count, 1 - STRETCH, 1 + STRETCH, generator)
+    right, down = (uniform(count, -SHIFT, SHIFT, generator) / 14 for _ in range(2))  # an image is 2 wide: 14 pixels are 1
+    one, zero = torch.ones(count), torch.zeros(count)
     warped = warp(images, one, zero, right, zero, 1 / height, 1 - 1 / height + down)  # y = 1 stays
-    return (warped ** (GAMMA ** between(-1, 1)).view(-1, 1, 1, 1) * 255).round().to(torch.uint8)
+    gamma = GAMMA ** uniform(count, -1, 1, generator)
+    return (warped ** gamma.view(-1, 1, 1, 1) * 255).round().to(torch.uint8)
 
 
 class FisherLearner:

@@ -77,9 +77,6 @@ def draw_picks(counts: tuple[int, ...], shots: int, episodes: int, generator: to
     """Indices `(E, C, K)` of support images into a Part with these counts: drawn at random without replacement, or, without
     a generator, the first of each class."""
     starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    picks = [
-        torch.randperm(count, generator=generator)[:shots] if generator else torch.arange(shots)
-        for _ in range(episodes)
-        for count in counts
-    ]
+    orders = (torch.randperm(count, generator=generator) if generator else torch.arange(count) for count in counts * episodes)
+    picks = [order[:shots] for order in orders]
     return torch.stack(picks).view(episodes, len(counts), shots) + starts.unsqueeze(1)

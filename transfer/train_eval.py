@@ -27,7 +27,7 @@ from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
-from trainer import infer
+from trainer import infer, shuffle
 from transfer.few_shot import AdamLearner, FisherLearner
 from transfer.shoe_images import draw_picks, load_shoes, read_parts
 
@@ -43,27 +43,20 @@ class TransferSettings(Settings):
     shoes_dir: str = setting("", "folder with train/CLASS/* and test/CLASS/* images; empty = transfer/shoes")
     shots: int = setting(0, "support images per class; 0 = as many as the smallest folder in train/ has", ge=0)
     episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
-    query: Literal["test", "pool"] = setting(
-        "test", "test on test/ and extended/, or, to choose settings, on the rest of pool/"
-    )
+    query: Literal["test", "pool"] = setting("test", "test on test/ and extended/, or on the rest of pool/, to choose settings")
     checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
     unlabelled: Literal[CLASS_NAMES] = setting("Ankle boot", "class of training images used without labels")  # type: ignore[valid-type]
     shrink: float = setting(0.001, "shrinkage of the directions in which distortions move the features", gt=0)
     rounds: int = setting(3, "of soft k-means over the unlabelled images; 0 = none", ge=0, le=100)
 
 
-def unlabelled_images(settings: TransferSettings) -> torch.Tensor:
-    """uint8 `(U, 1, 28, 28)`: random training images of the class `settings.unlabelled`."""
-    images, labels = load_images("train", settings.data_path)
-    members = torch.nonzero(labels == CLASS_NAMES.index(settings.unlabelled)).squeeze(1)
-    generator = torch.Generator().manual_seed(settings.seed)
-    return images[members[torch.randperm(len(members), generator=generator)[:UNLABELLED]]]
-
-
 def build_learners(model: Classifier, classes: int, settings: TransferSettings) -> dict:
     """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+    images, labels = load_images("train", settings.data_path)
+    members = torch.nonzero(labels == CLASS_NAMES.index(settings.unlabelled)).squeeze(1)
+    unlabelled = images[shuffle(members, torch.Generator().manual_seed(settings.seed))[:UNLABELLED]]  # (U, 1, 28, 28)
     torch.manual_seed(settings.seed)
-    metadata, unlabelled = model.metadata, unlabelled_images(settings)
+    metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
@@ -107,8 +100,8 @@ class Episodes:
         for name in (kept, drawn):
             fewest, label = min(zip(self.parts[name].counts, self.classes))
             if fewest < self.shots:
-                place = folder / name / label
-                raise UserError(f"shots={self.shots}: {place} has only {fewest} images; add some or lower shots")
+                folder = folder / name / label
+                raise UserError(f"shots={self.shots}: {folder} has only {fewest} images; add some or lower shots")
         if choosing and max(self.parts[pool].counts) == self.shots:
             raise UserError(f"shots={self.shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
         self.kept, self.drawn, self.pool = self.parts[kept], self.parts[drawn], self.parts[pool]
@@ -210,9 +203,9 @@ def main(arguments: list[str]) -> None:
         return
 
     picks = draw_picks(episodes.kept.counts, episodes.shots, 1, None)
-    is_embedded = episodes.kept is episodes.drawn
-    supports = episodes.supports[OURS] if is_embedded else learners[OURS].embed(episodes.kept.images)
-    weights, biases = learners[OURS].fit(supports[picks])
+    learner, is_embedded = learners[OURS], episodes.kept is episodes.drawn
+    supports = episodes.supports[OURS] if is_embedded else learner.embed(episodes.kept.images)
+    weights, biases = learner.fit(supports[picks])
     save_model(model, {"weight": weights[0], "bias": biases[0]}, before, episodes.classes, settings)
     draw_pictures(model, episodes, picks, rows, out / "plots")
     ours = report.pop(OURS)

@@ -1,7 +1,8 @@
 """Several processes that train one model.
 
-As a script, in two processes, this file trains in double precision and writes the lines of history, then trains a run:
-`PYTHONPATH=. torchrun unittest/test_distributed.py LINES.json "key=value ..." "key=value ..."`."""
+As a script, in two processes, this file trains in double precision and writes the losses, then trains a run; with the run's
+words alone, the second process dies in its third epoch:
+`PYTHONPATH=. torchrun unittest/test_distributed.py [LOSSES.json "key=value ..."] "key=value ..."`."""
 
 import contextlib
 import json
@@ -9,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,10 +33,10 @@ IN_DOUBLE = (
 RESUMED = "architecture=resnet8 ema_decay=0.9 dropout=0.2 limit=400 valid_ratio=0.01 epochs=4"
 
 
-def torchrun(*words: str, **options) -> subprocess.Popen:
+def torchrun(*words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @contextlib.contextmanager
@@ -86,16 +86,16 @@ def run_state(out):
 
 
 def test_a_killed_worker_is_replaced_and_the_run_is_bitwise_identical(two_processes, tmp_path):
-    command = torchrun("--max-restarts=3", "train.py", *RESUMED.split(), f"out_dir={tmp_path}", cwd=ROOT)
-    with command as process:
-        while not (tmp_path / "history.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+    with torchrun("--max-restarts=3", __file__, f"{RESUMED} out_dir={tmp_path}") as process:
         output, errors = process.communicate()
     assert process.returncode == 0, errors[:6000]
-    assert output.count("settings:") == 2  # the processes started again
+    assert output.count("settings:") == 2 and "starts over" not in output  # the processes started again, and resumed
     assert len(run_state(tmp_path)[0]) == 4 and run_state(tmp_path) == run_state(two_processes[2])
+
+
+def test_processes_have_random_numbers_of_their_own(two_processes):
+    states = checkpoint.load(two_processes[2] / "checkpoint.pt", "checkpoint")["rng"]["torch"]
+    assert len(states) == 2 and not states[0].equal(states[1])  # of dropout
 
 
 def test_a_batch_of_fewer_images_than_processes_is_refused(train_data, monkeypatch):
@@ -124,8 +124,17 @@ def test_a_restart_resumes_from_a_checkpoint_of_its_own_job_only(job, epochs, tm
     assert len(Run(Trainer, settings, [], {}).history) == epochs
 
 
+def run_epoch_or_die(trainer: Trainer, epoch: int, epochs: list[dict]) -> dict:
+    if epoch == 3 and distributed.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_epoch(trainer, epoch, epochs)
+
+
 if __name__ == "__main__":
-    path, words_in_double, words = sys.argv[1:]
-    checkpoint.write_atomically(Path(path), json.dumps(losses_in_double(words_in_double)).encode())
+    *double, words = sys.argv[1:]
+    if double:
+        checkpoint.write_atomically(Path(double[0]), json.dumps(losses_in_double(double[1])).encode())
+    else:
+        run_epoch, Trainer.run_epoch = Trainer.run_epoch, run_epoch_or_die
     train.main(words.split())
     torch.distributed.destroy_process_group()
