@@ -28,13 +28,8 @@ def per_class_scores(confusion: torch.Tensor, class_names: tuple[str, ...]) -> d
     """Precision, recall and F1, in 0..1 (0 where there is nothing to divide by), and the number of true images."""
     counts = zip(class_names, confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist())
     return {
-        name: {
-            "precision": hits / max(predicted, 1),
-            "recall": hits / max(n, 1),
-            "f1": 2 * hits / max(n + predicted, 1),
-            "n": n,
-        }
-        for name, hits, n, predicted in counts
+        name: {"precision": hit / max(predicted, 1), "recall": hit / max(n, 1), "f1": 2 * hit / max(n + predicted, 1), "n": n}
+        for name, hit, n, predicted in counts
     }
 
 

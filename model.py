@@ -190,9 +190,7 @@ _FUNCTIONS = (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {function.__name__: function for function in _FUNCTIONS}
 
 
-ACTIVATIONS = {
-    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh
-}  # fmt: skip
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 INITS = {  # of convolutional and linear weights; the biases are then 0
     "he": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
     "xavier": nn.init.xavier_uniform_,

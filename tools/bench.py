@@ -84,12 +84,11 @@ def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
         layers = [built.features, built.classifier]
     model = nn.Sequential(*layers).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    criterion = nn.CrossEntropyLoss()
     for _ in range(epochs):
         model.train()
         for x, y in train_loader:
             optimizer.zero_grad()
-            criterion(model(x), y).backward()
+            F.cross_entropy(model(x), y).backward()
             optimizer.step()
         model.eval()
         with torch.no_grad():

@@ -80,11 +80,9 @@ def open_study(url: str, name: str, attempts: int = 3) -> optuna.Study:
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
     try:
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
         storage = optuna.storages.RDBStorage(
-            url,
-            heartbeat_interval=HEARTBEAT,
-            grace_period=3 * HEARTBEAT,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+            url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, heartbeat_stale_trial_callback=retry
         )
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
         return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=pruner)
