@@ -253,13 +253,14 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path}: no readable JSON ({error})") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected an object of settings, found a {type(settings).__name__}")
-    for key in settings.keys() - (RunSettings.model_fields.keys() - {"recipe", "resume"}):
-        raise UserError(f"{path}: {unknown_setting(key, RunSettings)}")
+    known = RunSettings.model_fields.keys() - {"recipe", "resume"}
+    for key in settings.keys() - known:
+        raise UserError(f"{path}: {unknown_setting(key, known)}")
     return settings
 
 
-def unknown_setting(key: str, settings_type: type[Settings]) -> str:
-    return f"there is no setting {key!r} here; the nearest is {nearest_name(key, settings_type.model_fields)!r}, help lists all"
+def unknown_setting(key: str, known: Iterable[str]) -> str:
+    return f"there is no setting {key!r} here; the nearest is {nearest_name(key, known)!r}, help lists all"
 
 
 def as_text(value: object) -> str:

@@ -256,11 +256,13 @@ def draw_time_to_accuracy(
         minutes, accuracies = np.array(sorted(recipes.values())).T
         best = np.maximum.accumulate(accuracies)
         axes.step(minutes, best, where="post", color="0.85", lw=4, label="the best so far", zorder=0)
-        for number, (name, point) in enumerate(sorted(recipes.items(), key=lambda item: item[1])):
+        height = 0.0
+        for name, point in sorted(recipes.items(), key=lambda item: item[1][1]):  # names in a column on the right
             colour = GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE
-            offset, side = ((-5, 5), "right") if number % 2 else ((5, -11), "left")  # so that neighbours don't overlap
             axes.plot(*point, "o", color=colour, markersize=6)
-            axes.annotate(name, point, offset, textcoords="offset points", fontsize=8, color=colour, ha=side)
+            height = max(point[1], height + 0.0035)  # so that they don't overlap
+            line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "lw": 0.8}
+            axes.annotate(name, point, (500, height), fontsize=8, color=colour, va="center", arrowprops=line)
         labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
         for colour, label in labels.items():
             axes.plot([], [], "o", color=colour, label=f"{label}, test")
@@ -268,9 +270,9 @@ def draw_time_to_accuracy(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid()
-        axes.margins(x=0.14)
+        axes.set_xlim(min(minutes) / 2, 2_000)
         axes.set_ylim(min(accuracies) - 0.03)  # where the points lie; ordinary training may begin below
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="upper left", fontsize=8)
 
 
 def draw_predictions(

@@ -68,7 +68,7 @@ def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
         return problem["msg"].removeprefix("Value error, ")
     key, given = str(problem["loc"][0]), problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"{key}={given}: {unknown_setting(key, settings_type)}"
+        return f"{key}={given}: {unknown_setting(key, settings_type.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
 
