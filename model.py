@@ -6,8 +6,9 @@ A model takes uint8 images `(N, 1, 28, 28)`, garment bright on black, and return
     features                float32 `(N, 1, 28, 28)` -> `(N, D)`
     classifier              one linear layer, `(N, D)` -> `(N, output_dim)`
 
-Task 2 freezes `features`. Max-pooling stands before ReLU, which then has a quarter of the work and the same result. Every
-architecture has a dropout layer before the classifier, if only with probability 0, so that `dropout` applies to each.
+Task 2 freezes `features`. Max-pooling stands before the activation, which then has a quarter of the work; with ReLU the result
+is the same. Every architecture has a dropout layer before the classifier, if only with probability 0, so that `dropout`
+applies to each.
 
 | architecture | parameters, 10 classes | source |
 |---|---|---|

@@ -10,7 +10,7 @@ import interrupts
 from config import UserError
 
 
-def run_epochs(history: Sequence[dict], number: int) -> list[dict]:
+def epochs_of_run(history: Sequence[dict], number: int) -> list[dict]:
     """The lines of one run, of several in a history."""
     return [line for line in history if line.get("run", 1) == number]
 
@@ -71,7 +71,7 @@ class Run:
 
     def is_done(self, number: int = 1) -> bool:
         patience = getattr(self.settings, "patience", 0)
-        return is_done(run_epochs(self.history, number), self.settings.epochs, patience)
+        return is_done(epochs_of_run(self.history, number), self.settings.epochs, patience)
 
     def fit(self, trainer, number: int = 1) -> Iterator[dict]:
         """Train model `number` until it is done. Yields each epoch's line of history, when everything is on disk.
@@ -85,7 +85,7 @@ class Run:
                 raise UserError(f"{self.path}: its state doesn't fit this model; train without resume") from None
         while not self.is_done(number):
             interrupts.check()
-            epochs = run_epochs(self.history, number)
+            epochs = epochs_of_run(self.history, number)
             line = trainer.run_epoch(len(epochs) + 1, epochs)
             line = {"run": number, **line} if self.count > 1 else line
             self.history.append(line)

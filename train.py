@@ -17,7 +17,7 @@ from config import RunSettings
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
 from model import print_summary
-from run import Run, run_epochs
+from run import Run, epochs_of_run
 from script import load_settings, run_script
 from trainer import Trainer
 
@@ -71,12 +71,12 @@ def main(arguments: list[str]) -> None:
                     + ("  best" if is_best else ""),
                     flush=True,
                 )
-            if (trained := len(run_epochs(run.history, number))) < settings.epochs:
+            if (trained := len(epochs_of_run(run.history, number))) < settings.epochs:
                 print(f"early stopping after epoch {trained}: {settings.patience} epochs without a lower validation loss")
 
     draw_curves(run.out)
     if count > 1:
-        bests = [checkpoint.best_epoch(run_epochs(run.history, number)) for number in range(1, count + 1)]
+        bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, count + 1)]
         print_runs(bests, "fold" if settings.folds else "run")
     best = checkpoint.best_epoch(run.history)
     print(

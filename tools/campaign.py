@@ -3,6 +3,7 @@
     kills        runs killed at random moments and while saving, then resumed: bitwise identical in the end?
     saves        a second process reads the files of a run during 1,000 saves: is one ever torn?
     disk         a full disk, a read-only folder, a folder that disappears: one line, and the last good files?
+    environment  no standard output or a full one, foreign matplotlib settings, odd folder names, torchrun: the work is done?
     data         data files with flipped bytes, truncated, swapped, bombs: refused, and the next source used?
     checkpoints  malicious, damaged and foreign .pt files wherever one is read: refused, and nothing executed?
     settings     generated command lines: settings or one line?
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,7 +175,32 @@ def bits(folder: Path) -> Trials:
         yield f"two processes, {threads} thread{'s' * (threads > 1)}, every recipe", outcomes
 
 
-PARTS = (kills, saves, disk, fuzz.data, fuzz.checkpoints, fuzz.settings, fuzz.images, bits)
+def environment(folder: Path) -> Trials:
+    (folder / "matplotlibrc").write_text("text.usetex: True\n")
+
+    def is_done(name: str, command: str, **variables: str) -> bool:
+        out = folder / os.fsdecode(name.encode("latin-1"))
+        command = command.replace("OUT", f"out_dir={shlex.quote(str(out))}").replace("python", sys.executable)
+        options: dict = {"cwd": ROOT, "env": os.environ | variables, "capture_output": True}
+        ended = subprocess.run(command.encode(errors="surrogateescape"), shell=True, timeout=120, **options)
+        return ended.returncode == 0 and b"Traceback" not in ended.stderr and any(out.glob("best*"))
+
+    train, tune = "python train.py limit=500 epochs=1 OUT", "python tools/tune.py recipe=mlp trials=1 limit=500 epochs=1 OUT"
+    torchrun = train.replace("python", "python -m torch.distributed.run --standalone --nproc_per_node=2")
+    yield "standard output missing or full", [is_done("o", f"{train} {to}") for to in (">&-", ">&- 2>&-", ">/dev/full")]
+    backends = [{"MPLBACKEND": "module://none.at_all"}, {"MPLBACKEND": "none"}, {"MATPLOTLIBRC": str(folder)}]
+    yield "foreign matplotlib settings", [is_done("m", train, **variables) for variables in backends]
+    yield "PYTHONSAFEPATH", [is_done("p", train, PYTHONSAFEPATH="1")]
+    names = ("a\xff", "\xc3\xa9", "50%41", "a?b", "a b", "x{y}", "#$1")
+    yield "odd folder names: train.py", [is_done(name, train) for name in names]
+    yield (
+        "odd folder names: torchrun, ASCII locale",
+        [is_done(name, torchrun, LC_ALL="C", PYTHONUTF8="0") for name in names[:2]],
+    )
+    yield "odd folder names: tools/tune.py", [is_done(f"{name} tune", tune) for name in names[1:]]
+
+
+PARTS = (kills, saves, disk, environment, fuzz.data, fuzz.checkpoints, fuzz.settings, fuzz.images, bits)
 
 
 def main(names: list[str]) -> None:

@@ -24,7 +24,7 @@ from interrupts import lock_folder
 from layers import add_batch_norm, fuse_batch_norm
 from model import build_model, load_model
 from plots import draw_curves
-from run import is_done, run_epochs
+from run import epochs_of_run, is_done
 from script import run_script
 from tools import soft_targets
 from trainer import infer, loss_and_accuracy
@@ -340,7 +340,7 @@ def test_a_run_is_done_after_its_epochs_or_its_patience(losses, patience, done):
 
 def test_runs_have_splits_and_seeds_of_their_own_and_the_best_model_is_saved(uninterrupted, tmp_path, capsys):
     several = run(tmp_path, "runs=2")
-    first, second = (without_seconds(run_epochs(several["history"], number)) for number in (1, 2))
+    first, second = (without_seconds(epochs_of_run(several["history"], number)) for number in (1, 2))
     assert [line.pop("run") for line in first + second] == [1, 1, 1, 2, 2, 2]
     assert first == without_seconds(uninterrupted[0]["history"])
     assert second == without_seconds(run(tmp_path / "alone", "seed=1")["history"])
