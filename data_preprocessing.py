@@ -183,6 +183,10 @@ def labels_for(names: Sequence[str], fine_labels: torch.Tensor) -> torch.Tensor:
     raise UserError(f"this model has the classes {', '.join(names)}, the test images have not; name image files instead")
 
 
+def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+
+
 def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
@@ -191,14 +195,13 @@ def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> t
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
     for label in fine_labels.unique():
-        members = torch.nonzero(fine_labels == label).squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
+        members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
         n_valid = round(valid_ratio * len(members))
         if not 0 < n_valid < len(members):
             raise UserError(f"valid_ratio={valid_ratio}: {n_valid} of a class's {len(members)} images would validate")
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))
-    return train[torch.randperm(len(train), generator=generator)], valid.sort().values
+    return shuffle(train, generator), valid.sort().values
 
 
 def fold_indices(fine_labels: torch.Tensor, folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -207,8 +210,7 @@ def fold_indices(fine_labels: torch.Tensor, folds: int, seed: int) -> list[tuple
 
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(fine_labels, fine_labels)
     generator = torch.Generator().manual_seed(seed)
-    tensors = [(torch.from_numpy(train), torch.from_numpy(valid)) for train, valid in splits]
-    return [(train[torch.randperm(len(train), generator=generator)], valid) for train, valid in tensors]
+    return [(shuffle(torch.from_numpy(train), generator), torch.from_numpy(valid)) for train, valid in splits]
 
 
 class Split(NamedTuple):

@@ -21,7 +21,7 @@ import distributed
 import interrupts
 from augmentation import augment
 from config import TrainSettings, UserError, parse_augment
-from data_preprocessing import CLASS_NAMES, class_names, mean_and_std, task_labels
+from data_preprocessing import CLASS_NAMES, class_names, mean_and_std, shuffle, task_labels
 from device import autocast, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
@@ -141,10 +141,6 @@ class HardExampleSampler:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.losses.copy_(state["losses"])
-
-
-def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
 
 
 def split_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:

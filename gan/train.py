@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 import interrupts
 from config import OptimizationSettings, Settings, UserError, ValidRatio, setting
-from data_preprocessing import CLASS_NAMES, Split, load_splits
+from data_preprocessing import CLASS_NAMES, Split, load_splits, shuffle
 from device import autocast, choose_device, choose_precision, keep_freed_memory
 from gan.grids import animate_grids, draw_grid
 from gan.networks import CLASSES, NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
@@ -68,7 +68,7 @@ class GanTrainer:
         started = time.perf_counter()
         self.generator.train()
         self.discriminator.train()
-        order = self.train[torch.randperm(len(self.train), generator=self.rng, device=self.device)]
+        order = shuffle(self.train, self.rng)
         batches = split_batches(order, self.settings.batch_size)
         totals = torch.zeros(2, dtype=torch.float64)
         for number, indices in enumerate(progress_bar(batches, epoch, self.settings.epochs)):

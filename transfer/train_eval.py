@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 import plots
 from config import Settings, UserError, resolve, setting
-from data_preprocessing import CLASS_NAMES, load_images
+from data_preprocessing import CLASS_NAMES, load_images, shuffle
 from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
-from trainer import infer, shuffle
+from trainer import infer
 from transfer.few_shot import AdamLearner, FisherLearner
 from transfer.shoe_images import draw_picks, load_shoes, read_parts
 

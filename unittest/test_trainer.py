@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from config import TrainSettings, UserError
+from data_preprocessing import shuffle
 from model import build_model
-from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, shuffle, split_batches
+from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, split_batches
 
 
 def seeded(seed=0):
