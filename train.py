@@ -16,6 +16,7 @@ import distributed
 from config import RunSettings
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
+from gan.networks import add_generated
 from model import print_summary
 from run import Run, epochs_of_run
 from script import load_settings, run_script
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
         for number, split in enumerate(splits, 1):
             if run.is_done(number):
                 continue
-            trainer = Trainer(settings, settings.seed + number - 1, *split, precision)
+            trainer = Trainer(settings, settings.seed + number - 1, add_generated(split, settings), precision)
             if number == 1:
                 print_summary(trainer.model)
             name = "" if count == 1 else f"{'fold' if settings.folds else 'run'} {number}/{count}: "

@@ -20,8 +20,8 @@ import checkpoint
 import distributed
 import interrupts
 from augmentation import augment
-from config import TrainSettings, UserError, parse_augment
-from data_preprocessing import CLASS_NAMES, class_names, mean_and_std, shuffle, task_labels
+from config import TrainSettings, UserError
+from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
 from device import autocast, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
@@ -152,30 +152,17 @@ def split_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, .
 class Trainer:
     """One model in training: its data, model, optimizer and extras. Everything that changes is in its `state_dict`.
 
-    `images` uint8 `(N, 1, 28, 28)` and `fine_labels` int64 `(N,)` are on the device; `train` and `valid` are indices into
-    them. Raises UserError if processes or batch normalisation would get too small batches.
+    It trains on the split's device. Raises UserError if processes or batch normalisation would get too small batches.
     """
 
     kind, model_kind = "checkpoint", "best_model"
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        seed: int,
-        images: torch.Tensor,
-        fine_labels: torch.Tensor,
-        train: torch.Tensor,
-        valid: torch.Tensor,
-        precision: torch.dtype,
-    ):
-        self.settings, self.precision, self.device = settings, precision, images.device
-        mean, std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
-        if "gan" in parse_augment(settings.augment) and settings.gan_fraction:
-            from gan.networks import add_generated  # here, because most trainings need none
-
-            images, fine_labels, train = add_generated(images, fine_labels, train, settings, seed)
-        self.images, self.fine_labels, self.train = images, fine_labels, train
-        self.labels = task_labels(fine_labels, settings.output_dim)
+    def __init__(self, settings: TrainSettings, seed: int, split: Split, precision: torch.dtype):
+        self.settings, self.precision, self.device = settings, precision, split.images.device
+        self.images, self.fine_labels, self.train, valid, generated = split
+        images, train, real = self.images, self.train, self.train[: len(self.train) - generated]
+        mean, std = mean_and_std(images, real) if settings.scaling == "standard" else (0.5, 0.5)
+        self.labels = task_labels(self.fine_labels, settings.output_dim)
         self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
         fractions = [settings.first_epoch_fraction] + [settings.hard_fraction] * (settings.epochs - 1)
         self.counts = [max(1, int(len(train) * fraction)) for fraction in fractions]  # images, by epoch

@@ -54,7 +54,7 @@ class GanTrainer:
 
     def __init__(self, settings: GanSettings, split: Split, precision: torch.dtype):
         self.settings, self.precision, self.device = settings, precision, split.images.device
-        self.images, self.labels, self.train, _ = split
+        self.images, self.labels, self.train, *_ = split
         torch.manual_seed(settings.seed)
         self.rng = torch.Generator(self.device).manual_seed(settings.seed)  # of the order and the noise
         self.generator, self.discriminator = Generator().to(self.device), Discriminator().to(self.device)

@@ -27,6 +27,7 @@ import plots
 from config import RecipeSettings, TrainSettings, UserError, setting
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
+from gan.networks import add_generated
 from run import is_done
 from script import load_settings, run_script
 from trainer import Trainer
@@ -130,7 +131,8 @@ def main(arguments: list[str]) -> None:
         trial.set_user_attr("settings", json.dumps(drawn))
         trial.set_user_attr("worker", f"{platform.node()} {os.getpid()}")
         trial_settings = load_settings([*words, *(f"{name}={value}" for name, value in drawn.items())], TrainSettings)
-        trainer = Trainer(trial_settings, trial_settings.seed, *split, choose_precision(trial_settings.precision, device))
+        precision = choose_precision(trial_settings.precision, device)
+        trainer = Trainer(trial_settings, trial_settings.seed, add_generated(split, trial_settings), precision)
         epochs: list[dict] = []
         while not is_done(epochs, trial_settings.epochs, trial_settings.patience):
             try:

@@ -16,7 +16,17 @@ from config import ROOT, TrainSettings, UserError
 from data_preprocessing import CLASS_NAMES, load_splits
 from gan import sample, score
 from gan import train as gan_train
-from gan.networks import NOISE_DIM, Discriminator, Generator, draw, fixed_noise, generate, load_generator, one_hot
+from gan.networks import (
+    NOISE_DIM,
+    Discriminator,
+    Generator,
+    add_generated,
+    draw,
+    fixed_noise,
+    generate,
+    load_generator,
+    one_hot,
+)
 from model import count_parameters, load_model
 from script import load_settings, run_script
 from trainer import Trainer, infer
@@ -206,7 +216,8 @@ def build_trainer(uninterrupted):
     def build(*words):
         common = ["limit=300", "batch_size=50", "augment=gan", f"generator={uninterrupted[1] / 'generator.pt'}"]
         settings = load_settings([*common, *words], TrainSettings)
-        return Trainer(settings, settings.seed, *load_splits(settings, torch.device("cpu"))[0], torch.float32)
+        split = add_generated(load_splits(settings, torch.device("cpu"))[0], settings)
+        return Trainer(settings, settings.seed, split, torch.float32)
 
     return build
 

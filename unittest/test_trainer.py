@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TrainSettings, UserError
-from data_preprocessing import shuffle
+from data_preprocessing import Split, shuffle
 from model import build_model
 from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, split_batches
 
@@ -212,7 +212,7 @@ def build_trainer(data, *, precision=torch.float32, **settings):
     """A trainer of two classes on the images with even numbers below 256; the others validate."""
     defaults = {"output_dim": 2, "batch_size": 64, "epochs": 8}
     train, valid = torch.arange(0, 256, 2), torch.arange(1, 256, 2)
-    return Trainer(TrainSettings(**defaults | settings), 0, *data, train, valid, precision)
+    return Trainer(TrainSettings(**defaults | settings), 0, Split(*data, train, valid), precision)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
