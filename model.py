@@ -202,12 +202,10 @@ INITS = {  # of convolutional and linear weights; the biases are then 0
 def build_model(
     architecture: str, output_dim: int, *, dropout: float = -1.0, activation: str = "relu", init: str = "default"
 ) -> Classifier:
-    """A model with fresh parameters, channels last. Raises UserError for a name that ARCHITECTURES lacks.
+    """A model with fresh parameters, channels last. `architecture` is a name in ARCHITECTURES.
 
     `dropout` is the probability in all its dropout layers, -1 keeps the architecture's own; `init="default"` is PyTorch's.
     """
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"architecture={architecture}: there is no such model; known: {', '.join(ARCHITECTURES)}")
     model = ARCHITECTURES[architecture](output_dim)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():

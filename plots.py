@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 try:
     import matplotlib  # noqa: F401
@@ -159,6 +161,21 @@ def draw_sheet(
         axes.axis("off")
 
 
+def animate_grids(grids: Sequence[torch.Tensor], columns: int, path: Path) -> None:
+    """Grids of uint8 images `(M, 28, 28)` in rows of `columns`, one per epoch, the last one longer: a GIF of 12 s at most."""
+    from torchvision.utils import make_grid  # here: torchvision takes a second to import
+
+    frames = []
+    for epoch, images in enumerate(grids, 1):
+        tiles = make_grid(images.unsqueeze(1), columns, padding=2)[0] // 16 * 17  # 16 greys make a quarter of the file
+        frames.append(Image.fromarray(np.pad(tiles.numpy(), ((14, 0), (0, 0)))))
+        ImageDraw.Draw(frames[-1]).text((2, 1), f"epoch {epoch}", fill=255)
+    buffer = io.BytesIO()
+    milliseconds = [min(250, 9000 // len(frames))] * (len(frames) - 1) + [3000]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    write_atomically(path, buffer.getvalue())
+
+
 def draw_features(
     points: np.ndarray, explained: list[float], labels: np.ndarray, class_names: Sequence[str], images: np.ndarray, path: Path
 ) -> None:
@@ -232,12 +249,12 @@ def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[
     its fraction of the variance, in 0..1."""
     with picture(path, (10, 4)) as figure:
         history, importance = figure.subplots(1, 2, width_ratios=(3, 2))
-        for is_pruned, colour, label in ((False, BLUE, "completed"), (True, "0.7", "pruned")):
-            chosen = [(number, loss) for number, loss, pruned in trials if pruned == is_pruned and loss is not None]
-            history.plot(*zip(*chosen), "o", color=colour, markersize=4, label=label) if chosen else None
-        ended = [(number, loss) for number, loss, pruned in sorted(trials) if not pruned and loss is not None]
-        lowest_so_far = np.minimum.accumulate([loss for _, loss in ended])
-        history.step([number for number, _ in ended], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
+        numbers, losses, is_pruned = np.array(sorted(trials), dtype=float).T  # no loss becomes NaN, which is not drawn
+        completed = is_pruned == 0
+        for chosen, colour, label in ((completed, BLUE, "completed"), (~completed, "0.7", "pruned")):
+            history.plot(numbers[chosen], losses[chosen], "o", color=colour, markersize=4, label=label)
+        lowest_so_far = np.fmin.accumulate(losses[completed])
+        history.step(numbers[completed], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
         history.set(xlabel="trial", ylabel="validation loss (nats)", title="Hyperparameter search", yscale="log")
         history.legend()
         names = sorted(weights, key=weights.__getitem__)

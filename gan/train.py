@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import interrupts
+import plots
 from config import OptimizationSettings, Settings, UserError, ValidRatio, setting
 from data_preprocessing import CLASS_NAMES, Split, load_splits, shuffle
 from device import autocast, choose_device, choose_precision, keep_freed_memory
-from gan.grids import animate_grids, draw_grid
-from gan.networks import CLASSES, NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
+from gan.networks import NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
 from model import count_parameters
 from optimizer import build_optimizer, learning_rate, set_lr
 from run import Run
@@ -151,7 +151,8 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     split = load_splits(settings, device)[0]
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))
-    plots = run.out / "plots"
+    folder = run.out / "plots"
+    titles = [name for name in CLASS_NAMES for _ in range(GRID_COLUMNS)]
     if run.is_done():
         print(f"{run.path}: this run ended with epoch {len(run.history)}; there is nothing to resume")
     with run:
@@ -159,11 +160,12 @@ def main(arguments: list[str]) -> None:
         sizes = [f"{count_parameters(network):,}" for network in (trainer.generator, trainer.discriminator)]
         print(f"generator: {sizes[0]} parameters, discriminator: {sizes[1]}; {len(split.train):,} training images; {device}")
         for line in run.fit(trainer):
-            draw_grid(trainer.samples[-1].numpy(), CLASS_NAMES, f"epoch {line['epoch']}", plots / "samples.png")
+            grid, heading = trainer.samples[-1].numpy(), f"epoch {line['epoch']}"
+            plots.draw_sheet(grid, titles, GRID_COLUMNS, heading, folder / "samples.png")
             losses = f"discriminator loss {line['discriminator_loss']:.4f}, generator loss {line['generator_loss']:.4f}"
             print(f"epoch {line['epoch']:3d}  {losses}  {line['seconds']:.1f} s", flush=True)
-        animate_grids([grid.numpy() for grid in trainer.samples], CLASSES, plots / "training.gif")
-    print(f"wrote {run.model_path}, {plots / 'training.gif'}")
+        plots.animate_grids(trainer.samples, GRID_COLUMNS, folder / "training.gif")
+    print(f"wrote {run.model_path}, {folder / 'training.gif'}")
 
 
 if __name__ == "__main__":

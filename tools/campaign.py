@@ -166,11 +166,8 @@ def bits(folder: Path) -> Trials:
                 command = [sys.executable, *script, "limit=600", "epochs=2", "valid_ratio=0.02", f"out_dir={out}"]
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-                if recipe == "gan":
-                    parameters = checkpoint.load(out / "generator.pt", "generator")["model"]
-                    states.append([tensor.numpy().tobytes() for tensor in parameters.values()])
-                else:
-                    states.append(run_state(out))
+                state = checkpoint.load(out / "checkpoint.pt", "checkpoint", "gan_checkpoint")
+                states.append([tensor.numpy().tobytes() for tensor in (state["ema"] or state["model"]).values()])
             outcomes.append(states[0] == states[1])
         yield f"two processes, {threads} thread{'s' * (threads > 1)}, every recipe", outcomes
 

@@ -65,38 +65,32 @@ def data(folder: Path) -> Trials:
         (source / f"{name}.gz").write_bytes(contents)
     data_preprocessing.DEBIAN_FOLDER = source  # the next source
 
-    def is_skipped(name: str, contents: bytes, suffix: str) -> bool:
+    def is_replaced(name: str, contents: bytes, suffix: str = ".gz") -> bool:
         path = raw / f"{name}{suffix}"
         path.write_bytes(contents)
         started = time.perf_counter()
-        problems: list[str] = []
-        is_named = data_preprocessing._read_verified(name, raw, problems) is None and len(problems) == 1
-        is_replaced = data_preprocessing.find_idx(name, folder) == good[name]
+        is_good = data_preprocessing.find_idx(name, folder) == good[name]
         path.unlink()
-        return is_named and is_replaced and time.perf_counter() - started < 10
+        return is_good and time.perf_counter() - started < 10
 
     def trials(change: Callable[[bytes], bytes], count: int) -> list[bool]:
         files = itertools.cycle(itertools.product(((packed, ".gz"), (good, "")), names))
-        return [is_skipped(name, change(kind[name]), suffix) for (kind, suffix), name in itertools.islice(files, count)]
+        return [is_replaced(name, change(kind[name]), suffix) for (kind, suffix), name in itertools.islice(files, count)]
 
     def flip(contents: bytes) -> bytes:
         changed = bytearray(contents)
-        # not in a gzip header's time stamp, whose value means nothing
-        changed[random.randrange(10, len(contents) - 8)] ^= random.randrange(1, 256)
+        changed[random.randrange(len(contents))] ^= random.randrange(1, 256)
         return bytes(changed)
 
     with contextlib.redirect_stderr(io.StringIO()):
         yield "data files with a flipped byte", trials(flip, 200)
-        yield "data files truncated", trials(lambda contents: contents[: random.randrange(len(contents) - 8)], 50)
-        swapped = [is_skipped(name, packed[other], ".gz") for name, other in itertools.permutations(names, 2)]
-        yield "data files swapped", swapped
+        yield "data files truncated", trials(lambda contents: contents[: random.randrange(len(contents))], 50)
+        yield "data files swapped", [is_replaced(name, packed[other]) for name, other in itertools.permutations(names, 2)]
         bomb = gzip.compress(bytes(2**30), 9)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        outcomes = [is_skipped(name, bomb, ".gz") for name in names]
+        outcomes = [is_replaced(name, bomb) for name in names]
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         yield "gzip bombs of 1 GB, within 200 MB", [outcome and grown < 200 for outcome in outcomes]
-        header = (2051).to_bytes(4, "big") + (10**4).to_bytes(4, "big") * 3
-        yield "headers that promise 10^12 pixels", [is_skipped(name, header + bytes(99), "") for name in names]
 
 
 class Malicious:

@@ -1,4 +1,4 @@
-"""The conditional GAN: resumes bitwise identical, samples of the chosen classes, generated images in training."""
+"""The conditional GAN: resumes bitwise identical, samples of every class, generated images in training."""
 
 import json
 import os
@@ -156,10 +156,10 @@ def test_the_class_decides_what_the_same_noise_becomes():
     assert (logits.argmax(1) == classes.argmax(1)).sum() >= 90  # of 100
 
 
-def test_samples_are_written_for_each_chosen_class(uninterrupted):
-    sample.main(["per_class=3", "classes=Sneaker,T-shirt/top", f"out_dir={uninterrupted[1]}"])
+def test_samples_are_written_for_each_class(uninterrupted):
+    sample.main(["per_class=3", f"out_dir={uninterrupted[1]}"])
     folders = {path.name: sorted(path.iterdir()) for path in (uninterrupted[1] / "samples").iterdir()}
-    assert {name: len(files) for name, files in folders.items()} == {"Sneaker": 3, "T-shirt-top": 3}
+    assert len(folders) == 10 and {len(files) for files in folders.values()} == {3} and "T-shirt-top" in folders
     with Image.open(folders["Sneaker"][0]) as image:
         assert image.size == (28, 28) and image.mode == "L"
 
@@ -268,8 +268,6 @@ def test_a_generator_of_an_unknown_split_is_refused(build_trainer, uninterrupted
 @pytest.mark.parametrize(
     ("script", "word", "message"),
     [
-        (sample, "classes=Shoe", "nearest is 'Shirt'"),
-        (sample, "classes=,", "there is no class ''"),
         (sample, "per_class=0", "per_class=0"),
         (sample, "seed=0", "generator.pt: there is no such file"),
         (score, "noise_std=0", "noise_std=0"),
