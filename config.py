@@ -33,10 +33,6 @@ class UserError(Exception):
     """An error that the user can correct. Its text is one line: what is wrong, where, and what to do."""
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
-
-
 def resolve(path: str) -> Path:
     """The path that a setting names; a relative one starts at the repository's root, not at the current folder.
 
@@ -260,7 +256,8 @@ def read_config(path: Path) -> dict:
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:
-    return f"there is no setting {key!r} here; the nearest is {nearest_name(key, known)!r}, help lists all"
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0)[0]
+    return f"there is no setting {key!r} here; the nearest is {nearest!r}, help lists all"
 
 
 def as_text(value: object) -> str:

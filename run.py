@@ -43,6 +43,8 @@ class Run:
                     f"{self.model_path}: is missing, and checkpoint.pt has the last epoch only; train without resume"
                 )
             self.model_file = checkpoint.load(self.model_path, trainer_type.model_kind)
+            if self.is_done(count):
+                print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")
         elif self.path.exists():
             print(f"starts over, replacing the training in {self.out}; resume=true would continue it")
 

@@ -23,13 +23,6 @@ from script import load_settings, run_script
 from trainer import Trainer
 
 
-def draw_curves(out: Path) -> None:
-    if distributed.rank() == 0:
-        import plots  # here, because matplotlib takes half a second to import
-
-        plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
-
-
 def print_runs(lines: list[dict], name: str) -> None:
     """A row for the best epoch of each run, mean and standard deviation below."""
     print(f"{name:6} epoch  validation loss  accuracy")
@@ -49,8 +42,6 @@ def main(arguments: list[str]) -> None:
     count = settings.folds or settings.runs  # models
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), count)
     print("settings:", settings)
-    if run.is_done(count):
-        print(f"{run.path}: this run ended with epoch {run.history[-1]['epoch']}; there is nothing to resume")
 
     splits = load_splits(settings, device, settings.folds, settings.runs)
     with run:
@@ -75,7 +66,10 @@ def main(arguments: list[str]) -> None:
             if (trained := len(epochs_of_run(run.history, number))) < settings.epochs:
                 print(f"early stopping after epoch {trained}: {settings.patience} epochs without a lower validation loss")
 
-    draw_curves(run.out)
+    if distributed.rank() == 0:
+        import plots  # here, because matplotlib takes half a second to import
+
+        plots.draw_curves(run.out / "history.jsonl", run.out / "plots" / "curves.png")
     if count > 1:
         bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, count + 1)]
         print_runs(bests, "fold" if settings.folds else "run")

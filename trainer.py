@@ -143,10 +143,12 @@ class HardExampleSampler:
         self.losses.copy_(state["losses"])
 
 
-def split_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """`order` in batches of equal size; a shorter rest is left out, unless it is all there is."""
-    full = len(order) // batch_size * batch_size or len(order)
-    return order[:full].split(batch_size)
+def epoch_batches(order: torch.Tensor, settings, epoch: int) -> tqdm:
+    """The indices `order` in batches of `settings.batch_size`, in the first process with a progress bar on a terminal. A
+    shorter rest is left out, unless it is all there is."""
+    full = len(order) // settings.batch_size * settings.batch_size or len(order)
+    is_hidden, name = True if distributed.rank() else None, f"epoch {epoch}/{settings.epochs}"
+    return tqdm(order[:full].split(settings.batch_size), name, disable=is_hidden, leave=False, unit=" batches")
 
 
 class Trainer:
@@ -203,7 +205,7 @@ class Trainer:
         order = self.sampler.order(count, self.generator) if self.sampler else shuffle(self.train, self.generator)
         first_step, all_steps = sum(self.steps[: epoch - 1]), sum(self.steps)
         seen, loss_sum, correct_sum = 0, 0.0, 0.0
-        bar = progress_bar(split_batches(order, self.settings.batch_size), epoch, self.settings.epochs)
+        bar = epoch_batches(order, self.settings, epoch)
         for step, indices in enumerate(bar, first_step):
             # augmented before it is sharded, so that the random numbers are the same for any number of processes
             images = distributed.shard(augment(self.images[indices], self.settings.augment, self.generator))
@@ -300,8 +302,3 @@ class Trainer:
             if part:
                 part.load_state_dict(state[name])
         checkpoint.set_rng_state(state["rng"], self.generator)
-
-
-def progress_bar(batches: Sequence[torch.Tensor], epoch: int, epochs: int) -> tqdm:
-    """The batches with a progress bar on a terminal, of the first process."""
-    return tqdm(batches, f"epoch {epoch}/{epochs}", disable=True if distributed.rank() else None, leave=False, unit=" batches")

@@ -27,7 +27,7 @@ from model import count_parameters
 from optimizer import build_optimizer, learning_rate, set_lr
 from run import Run
 from script import load_settings, run_script
-from trainer import EMA, progress_bar, split_batches
+from trainer import EMA, epoch_batches
 
 GRID_COLUMNS = 10  # samples of each class in a picture
 DISCRIMINATOR_LR = 2  # times the generator's: two time scales, Heusel et al. 2017, arXiv 1706.08500
@@ -69,9 +69,9 @@ class GanTrainer:
         self.generator.train()
         self.discriminator.train()
         order = shuffle(self.train, self.rng)
-        batches = split_batches(order, self.settings.batch_size)
+        batches = epoch_batches(order, self.settings, epoch)
         totals = torch.zeros(2, dtype=torch.float64)
-        for number, indices in enumerate(progress_bar(batches, epoch, self.settings.epochs)):
+        for number, indices in enumerate(batches):
             step = (epoch - 1) * len(batches) + number
             lr = learning_rate(self.settings, step / (self.settings.epochs * len(batches)))
             real = self.images[indices].float() * (1 / 127.5) - 1  # -1..1
@@ -153,8 +153,6 @@ def main(arguments: list[str]) -> None:
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))
     folder = run.out / "plots"
     titles = [name for name in CLASS_NAMES for _ in range(GRID_COLUMNS)]
-    if run.is_done():
-        print(f"{run.path}: this run ended with epoch {len(run.history)}; there is nothing to resume")
     with run:
         trainer = GanTrainer(settings, split, precision)
         sizes = [f"{count_parameters(network):,}" for network in (trainer.generator, trainer.discriminator)]

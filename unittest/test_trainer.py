@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from config import TrainSettings, UserError
 from data_preprocessing import Split, shuffle
 from model import build_model
-from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, split_batches
+from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, epoch_batches
 
 
 def seeded(seed=0):
@@ -25,7 +25,7 @@ def test_shuffling_permutes():
 
 @pytest.mark.parametrize(("count", "sizes"), [(25, [10, 10]), (20, [10, 10]), (7, [7])])
 def test_batches_have_equal_sizes_and_a_short_set_is_one_batch(count, sizes):
-    assert [len(batch) for batch in split_batches(torch.arange(count), 10)] == sizes
+    assert [len(batch) for batch in epoch_batches(torch.arange(count), TrainSettings(batch_size=10), 1)] == sizes
 
 
 # ---- HardExampleSampler ----------------------------------------------------------------------------------------------
