@@ -143,9 +143,7 @@ class ModelFileSettings(RecipeSettings):
         """Raises UserError if there is no such file."""
         path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
         if not path.exists():
-            raise UserError(
-                f"{path}: there is no such file; train.py with this recipe and out_dir makes it, or name checkpoint="
-            )
+            raise UserError(f"{path}: there is no such file; train.py with this recipe makes it, or name checkpoint=")
         return path
 
 
@@ -155,9 +153,7 @@ class ModelSettings(BaseModel):
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
     output_dim: OutputDim = 10
     pretrained: bool = setting(False, "start resnet18 from torchvision's ImageNet weights, which are downloaded")
-    dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(
-        -1.0, "probability in every dropout layer; -1 = the architecture's own", ge=-1, lt=1
-    )
+    dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")
     batch_norm: bool = setting(False, "batch normalisation after every hidden layer, fused into the weights in the saved model")

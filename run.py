@@ -39,9 +39,7 @@ class Run:
         if self.saved:
             checkpoint.check_resumable(self.saved, settings, machine)
             if not self.model_path.exists():
-                raise UserError(
-                    f"{self.model_path}: is missing, and checkpoint.pt has the last epoch only; train without resume"
-                )
+                raise UserError(f"{self.model_path}: is missing, and checkpoint.pt has no best epoch; train without resume")
             self.model_file = checkpoint.load(self.model_path, trainer_type.model_kind)
             if self.is_done(count):
                 print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")

@@ -52,9 +52,8 @@ def main(arguments: list[str]) -> None:
             if number == 1:
                 print_summary(trainer.model)
             name = "" if count == 1 else f"{'fold' if settings.folds else 'run'} {number}/{count}: "
-            print(
-                f"{name}{len(split.train):,} training, {len(split.valid):,} validation images; {device} in {str(precision)[6:]}"
-            )
+            sizes = f"{len(split.train):,} training, {len(split.valid):,} validation images"
+            print(f"{name}{sizes}; {device} in {str(precision)[6:]}")
             for line in run.fit(trainer, number):
                 is_best = line is checkpoint.best_epoch(run.history)
                 print(

@@ -32,9 +32,7 @@ TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al
 
 
 @torch.inference_mode()
-def infer(
-    model: Classifier, images: torch.Tensor, precision: torch.dtype = torch.float32, *, features: bool = False
-) -> torch.Tensor:
+def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, features: bool = False) -> torch.Tensor:
     """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)` on any device.
 
     A terminal sees a progress bar if it takes longer than a second.
@@ -171,9 +169,8 @@ class Trainer:
         self.steps = [max(1, count // settings.batch_size) for count in self.counts]
         smallest = min(settings.batch_size, *self.counts)
         if smallest < distributed.world_size():
-            raise UserError(
-                f"{distributed.world_size()} processes can't share a batch of {smallest}; use a larger batch_size or limit"
-            )
+            count = distributed.world_size()
+            raise UserError(f"{count} processes can't share a batch of {smallest}; use a larger batch_size or limit")
 
         torch.manual_seed(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # of the order and the augmentation

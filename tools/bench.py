@@ -109,9 +109,7 @@ def ordinary_epochs(folder: str, seed: int, architecture: str) -> Iterator[tuple
         try:
             for number, line in enumerate(process.stdout, 1):
                 seconds, (loss, accuracy) = time.perf_counter() - started, map(float, line.split())
-                print(
-                    f"ordinary training, epoch {number}: {seconds:.1f} s, loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True
-                )
+                print(f"ordinary, epoch {number}: {seconds:.1f} s, loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True)
                 yield seconds, loss, accuracy
         finally:
             process.kill()  # the reader has seen enough

@@ -190,10 +190,8 @@ def environment(folder: Path) -> Trials:
     yield "PYTHONSAFEPATH", [is_done("p", train, PYTHONSAFEPATH="1")]
     names = ("a\xff", "\xc3\xa9", "50%41", "a?b", "a b", "x{y}", "#$1")
     yield "odd folder names: train.py", [is_done(name, train) for name in names]
-    yield (
-        "odd folder names: torchrun, ASCII locale",
-        [is_done(name, torchrun, LC_ALL="C", PYTHONUTF8="0") for name in names[:2]],
-    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    yield "odd folder names: torchrun, ASCII locale", [is_done(name, torchrun, **ascii_only) for name in names[:2]]
     yield "odd folder names: tools/tune.py", [is_done(f"{name} tune", tune) for name in names[1:]]
 
 
