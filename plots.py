@@ -273,16 +273,14 @@ def draw_time_to_accuracy(
         minutes, accuracies = np.array(sorted(recipes.values())).T
         best = np.maximum.accumulate(accuracies)
         axes.step(minutes, best, where="post", color="0.85", lw=4, label="the best so far", zorder=0)
+        labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
         height = 0.0
         for name, point in sorted(recipes.items(), key=lambda item: item[1][1]):  # names in a column on the right
             colour = GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE
-            axes.plot(*point, "o", color=colour, markersize=6)
+            axes.plot(*point, "o", color=colour, markersize=6, label=labels.pop(colour, None))  # once in the legend
             height = max(point[1], height + 0.0035)  # so that they don't overlap
             line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "lw": 0.8}
             axes.annotate(name, point, (500, height), fontsize=8, color=colour, va="center", arrowprops=line)
-        labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
-        for colour, label in labels.items():
-            axes.plot([], [], "o", color=colour, label=f"{label}, test")
         axes.set(xscale="log", xlabel="minutes of training, on one core or two", ylabel="accuracy", title="What accuracy costs")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,7 +1,7 @@
 """A training run in a folder: resume, the loop over epochs, and what is written after each of them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 
 import checkpoint
 import distributed
@@ -22,7 +22,7 @@ def is_done(epochs: Sequence[dict], max_epochs: int, patience: int = 0) -> bool:
 
 
 class Run:
-    """A training run in `settings.out_path`, new or resumed. `with run:` locks the folder and defers Ctrl-C and SIGTERM.
+    """A training run in `settings.out_path`, new or resumed.
 
     `trainer_type` is Trainer or GanTrainer: the kinds of its files. `history` has a line per epoch, of all `count` models
     that are trained one after another. Raises UserError if there is nothing to resume from, or other settings made it.
@@ -45,20 +45,17 @@ class Run:
         elif self.path.exists():
             print(f"starts over, replacing the training in {self.out}; resume=true would continue it")
 
-    def __enter__(self) -> "Run":
-        with ExitStack() as stack:
-            if distributed.rank() == 0:
-                stack.enter_context(interrupts.lock_folder(self.out))
-            stack.enter_context(interrupts.deferred())
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder and defer Ctrl-C and SIGTERM; after one of them, print the command that continues."""
+        with interrupts.lock_folder(self.out) if distributed.rank() == 0 else nullcontext(), interrupts.deferred():
             if self.saved:  # somebody may have removed it
                 checkpoint.write_history(self.out / "history.jsonl", self.saved["settings"], self.history)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._stack.__exit__(kind, error, traceback)
-        if isinstance(error, interrupts.Interrupted):
-            print(f"\ninterrupted; to continue: {interrupts.resume_command(self.arguments, bool(self.history))}")
+            try:
+                yield
+            except interrupts.Interrupted:
+                print(f"\ninterrupted; to continue: {interrupts.resume_command(self.arguments, bool(self.history))}")
+                raise
 
     def is_done(self, number: int = 1) -> bool:
         patience = getattr(self.settings, "patience", 0)

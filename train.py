@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
 
     splits = load_splits(settings, device, settings.folds, settings.runs)
-    with run:
+    with run.locked():
         for number, split in enumerate(splits, 1):
             if run.is_done(number):
                 continue

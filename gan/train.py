@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> None:
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))
     folder = run.out / "plots"
     titles = [name for name in CLASS_NAMES for _ in range(GRID_COLUMNS)]
-    with run:
+    with run.locked():
         trainer = GanTrainer(settings, split, precision)
         sizes = [f"{count_parameters(network):,}" for network in (trainer.generator, trainer.discriminator)]
         print(f"generator: {sizes[0]} parameters, discriminator: {sizes[1]}; {len(split.train):,} training images; {device}")
