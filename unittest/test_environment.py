@@ -151,4 +151,4 @@ def test_a_resumed_run_with_more_epochs_says_what_becomes_of_its_schedule(tmp_pa
     words = ["limit=300", "valid_ratio=0.02", f"out_dir={tmp_path}"]
     train.main([*words, "epochs=1"])
     train.main([*words, "epochs=2", "resume=true"])
-    assert "the linear schedule covers all of them" in capsys.readouterr().out
+    assert "the linear schedule now covers all of them" in capsys.readouterr().out
