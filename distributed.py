@@ -27,8 +27,11 @@ def init(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
+        store, rank_here, size = next(distributed.rendezvous("env://"))
+        # its keys may outlive a restart; then a process would wait for a dead one
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=TIMEOUT)
+        distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank_here, world_size=size)
     if rank():
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # the first process prints for all
     return device
@@ -40,6 +43,12 @@ def world_size() -> int:
 
 def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def job_id() -> str:
+    """A name that this torchrun's processes share, also after a restart; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"torchrun {os.getppid()}" if name == "none" else name  # none: torchrun's default for --rdzv-id
 
 
 def shard(rows: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A training run in a folder: resume, the loop over epochs, and what is written after each of them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -32,7 +33,7 @@ class Run:
         self.settings, self.arguments, self.machine, self.count = settings, arguments, machine, count
         self.kind, self.out = trainer_type.kind, settings.out_path
         self.path, self.model_path = self.out / "checkpoint.pt", self.out / f"{trainer_type.model_kind}.pt"
-        self.saved = checkpoint.load(self.path, self.kind) if settings.resume else None
+        self.saved = checkpoint.load(self.path, self.kind) if settings.resume or self._was_restarted() else None
         self.history: list[dict] = list(self.saved["history"]) if self.saved else []
         self.model_file: dict = {}  # the contents of the best model's file
         if self.saved:
@@ -44,6 +45,14 @@ class Run:
                 print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")
         elif self.path.exists():
             print(f"starts over, replacing the training in {self.out}; resume=true would continue it")
+
+    def _was_restarted(self) -> bool:
+        """Whether torchrun has restarted this job after a checkpoint of its own: not before, and not after another job's."""
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            return False
+        is_own = distributed.rank() == 0 and self.path.exists()
+        is_own = is_own and checkpoint.load(self.path, self.kind).get("job") == distributed.job_id()
+        return bool(distributed.all_reduce_max(int(is_own)))  # the first process decides
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -86,6 +95,6 @@ class Run:
                 checkpoint.save(self.model_path, self.model_file)
             checkpoint.write_history(self.out / "history.jsonl", self.settings.model_dump(), self.history)
             # last, so that a kill before it costs an epoch, which is trained again, and nothing else
-            state = {**common, **trainer.state_dict(), "history": self.history, "run": number}
+            state = {**common, **trainer.state_dict(), "history": self.history, "run": number, "job": distributed.job_id()}
             checkpoint.save(self.path, {"kind": self.kind, **state})
             yield line

@@ -18,8 +18,9 @@ import torch
 import checkpoint
 import distributed
 import train
-from config import ROOT, TrainSettings, UserError
+from config import ROOT, RunSettings, TrainSettings, UserError
 from data_preprocessing import Split, load_splits
+from run import Run
 from script import load_settings
 from trainer import Trainer
 
@@ -84,11 +85,11 @@ def run_state(out):
     return lines, [tensor.numpy().tobytes() for part in ("model", "ema") for tensor in state[part].values()]
 
 
-def test_after_a_killed_worker_the_resumed_run_is_bitwise_identical(two_processes, tmp_path):
-    for words, is_dead in ((f"{RESUMED} out_dir={tmp_path}", True), (f"{RESUMED} out_dir={tmp_path} resume=true", False)):
-        with torchrun(__file__, words) as process:
-            _, errors = process.communicate()
-        assert (process.returncode != 0) == is_dead, errors[:6000]
+def test_a_killed_worker_is_replaced_and_the_run_is_bitwise_identical(two_processes, tmp_path):
+    with torchrun("--max-restarts=3", __file__, f"{RESUMED} out_dir={tmp_path}") as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors[:6000]
+    assert output.count("settings:") == 2 and "starts over" not in output  # the processes started again, and resumed
     assert len(run_state(tmp_path)[0]) == 4 and run_state(tmp_path) == run_state(two_processes[2])
 
 
@@ -111,8 +112,20 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         distributed.init(torch.device("cuda"))
 
 
+@pytest.mark.parametrize(("job", "epochs"), [(None, 0), ("own", 1), ("another", 0)])
+def test_a_restart_resumes_from_a_checkpoint_of_its_own_job_only(job, epochs, tmp_path, monkeypatch):
+    settings = load_settings(["limit=100", "epochs=1", "valid_ratio=0.001", f"out_dir={tmp_path}"], RunSettings)
+    if job:  # None: the first worker died before it could save
+        monkeypatch.setattr(distributed, "job_id", lambda: job)
+        monkeypatch.setattr("plots.draw_curves", lambda *_: None)
+        train.main(["limit=100", "epochs=1", "valid_ratio=0.001", f"out_dir={tmp_path}"])
+    monkeypatch.setattr(distributed, "job_id", lambda: "own")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert len(Run(Trainer, settings, [], {}).history) == epochs
+
+
 def run_epoch_or_die(trainer: Trainer, epoch: int, epochs: list[dict]) -> dict:
-    if epoch == 3 and distributed.rank() == 1 and "resume=true" not in sys.argv[-1]:
+    if epoch == 3 and distributed.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return run_epoch(trainer, epoch, epochs)
 
