@@ -4,6 +4,7 @@ import io
 import json
 import os
 import platform
+import time
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ KINDS = {  # kind of file -> (keys it must have, the script that makes it)
     "generator": ({"model", "settings", "epoch"}, "gan/train.py"),
     "gan_checkpoint": (_STATE | {"generator", "discriminator", "samples"}, "gan/train.py"),
 }
+REPLACE_ATTEMPTS = 50  # a tenth of a second apart
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
 
 
@@ -44,11 +46,22 @@ def write_atomically(path: Path, contents: bytes) -> None:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _replace(part, path)
     except OSError as error:
         with suppress(OSError):  # its folder is what can't be written
             part.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written ({error.strerror}); free some space or choose another out_dir") from None
+
+
+def _replace(part: Path, path: Path) -> None:
+    """os.replace, tried again for some seconds: on Windows a reader or a virus scanner may hold the old file for a moment."""
+    for attempt in range(REPLACE_ATTEMPTS):
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            if attempt == REPLACE_ATTEMPTS - 1 or not os.access(path.parent, os.W_OK):
+                raise
+            time.sleep(0.1)
 
 
 def save(path: Path, contents: dict) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import checkpoint
 import data_preprocessing
 import distributed
 import interrupts
@@ -72,6 +73,29 @@ def test_characters_that_the_font_lacks_print_no_warning(tmp_path):
         warnings.simplefilter("error")
         plots.draw_sheet(np.zeros((1, 28, 28), np.uint8), ["鞋"], 1, "鞋", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes().startswith(PNG)
+
+
+def test_a_file_that_is_in_use_for_a_moment_is_replaced(tmp_path, monkeypatch):
+    replace, refusals = os.replace, [1, 2, 3]
+
+    def refusing(*paths):
+        if refusals:
+            refusals.pop()
+            raise PermissionError(errno.EACCES, "in use")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+    checkpoint.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and not refusals
+
+
+def test_a_file_that_stays_in_use_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", failing(errno.EACCES))
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match=r"file: can't be written \(Permission denied\)"):
+        checkpoint.write_atomically(tmp_path / "file", b"new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_resume_command_is_quoted_for_the_system(monkeypatch):
