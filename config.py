@@ -25,6 +25,7 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "noise": (10, 255, "standard deviation of Gaussian noise, grey levels"),
     "blur": (1, 5, "largest standard deviation of a Gaussian blur, pixels"),
     "erase": (0.5, 1, "probability of random erasing"),
+    "scene": (0.5, 1, "fraction of images whose garments are laid on backgrounds, as in photographs"),
     "gan": (1, 3, "standard deviation of the noise of a GAN's generator, whose images are added to the training set"),
 }
 
@@ -85,7 +86,8 @@ def setting(default, description: str, **limits):
 
 
 Architecture = Literal[
-    "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet18", "resnet18_56", "fast_cnn"
+    "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet14_photo", "resnet18",
+    "resnet18_56", "fast_cnn",
 ]  # fmt: skip
 _STRENGTHS = "; ".join(f"{name}: {unit}, 0 to {top}, default {value}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare

@@ -292,7 +292,7 @@ def draw_time_to_accuracy(
 
 def draw_predictions(
     originals: Sequence[np.ndarray],
-    views: np.ndarray,
+    views: Sequence[np.ndarray],
     titles: Sequence[str],
     probabilities: np.ndarray,
     class_names: Sequence[str],
@@ -301,7 +301,7 @@ def draw_predictions(
 ) -> None:
     """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class.
 
-    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(M, 28, 28)`, `probabilities` `(M, C)` in
+    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(28, any)`, `probabilities` `(M, C)` in
     0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
     """
     rows, height = min(len(views), MAX_PREDICTIONS), max(2.4, 0.6 + 0.27 * len(class_names))

@@ -205,7 +205,8 @@ class Trainer:
         bar = epoch_batches(order, self.settings, epoch)
         for step, indices in enumerate(bar, first_step):
             # augmented before it is sharded, so that the random numbers are the same for any number of processes
-            images = distributed.shard(augment(self.images[indices], self.settings.augment, self.generator))
+            images = augment(self.images[indices], self.fine_labels[indices], self.settings.augment, self.generator)
+            images = distributed.shard(images)
             shard = distributed.shard(indices)
             with autocast(self.device, self.precision):
                 teacher_logits = self.teacher(images, shard) if self.teacher else None

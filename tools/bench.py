@@ -8,6 +8,7 @@
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
     part=fast      part=accuracy of recipe=fast, and its seconds against those of ResNet-8, trained as its authors do, until it
                    has their accuracy on validation images
+    part=photos    accuracy of Task 1 and of the recipe (photo) on the photographs in photos=FOLDER, by class (tools/photos.py)
 
 Prints a row of figures per repeat, then each figure's mean, median and range. Sides that are compared alternate, each in a
 fresh process. Leave the machine alone meanwhile.
@@ -38,6 +39,7 @@ from device import autocast, choose_device, choose_precision, keep_freed_memory
 from gan.networks import add_generated
 from model import build_model, load_model
 from script import load_settings, run_script
+from tools import photos
 from tools.results import OURS, RECIPES, REFERENCES, minutes_and_accuracy, read_seeds
 from trainer import Trainer, loss_and_accuracy
 
@@ -50,7 +52,8 @@ Row = dict[str, float]  # name of a figure -> its value; accuracies in 0..1
 class BenchSettings(TrainSettings):
     """Benchmark"""
 
-    part: Literal["train", "test", "valid", "feed", "accuracy", "fast"] = setting("train", "what to measure")
+    part: Literal["train", "test", "valid", "feed", "accuracy", "fast", "photos"] = setting("train", "what to measure")
+    photos: str = setting("", "part=photos: folder with CLASS/* photographs")
     repeats: int = setting(3, "runs of each side, or seeds", ge=1, le=100)
 
 
@@ -208,6 +211,8 @@ def main(arguments: list[str]) -> None:
     if "part=fast" in arguments and not any(word.startswith("recipe=") for word in arguments):
         arguments = ["recipe=fast", *arguments]
     settings = load_settings(arguments, BenchSettings)
+    if settings.part == "photos":
+        return photos.measure(settings.recipe or "photo", settings.photos)
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
     tested = [word for word in words if word.partition("=")[0] in Settings.model_fields]
     rows: list[Row] = []

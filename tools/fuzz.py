@@ -197,7 +197,7 @@ def images(folder: Path) -> Trials:
 
     def trial(path: Path) -> bool:
         started = time.perf_counter()
-        return ending(lambda: photo.read_photographs([path])) != "failed" and time.perf_counter() - started < 10
+        return ending(lambda: photo.read_photograph(path)) != "failed" and time.perf_counter() - started < 10
 
     outcomes = []
     for number in range(1000):
