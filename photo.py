@@ -110,14 +110,17 @@ def _square(grey: np.ndarray, background: float) -> np.ndarray:
     return np.asarray(resized).round().clip(0, 255).astype(np.uint8)
 
 
-def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Probabilities `(N, C)` from views, uint8 `(N, 3, 28, 28)`: the mean over those that the model reads."""
+def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
+    """Of views, uint8 `(N, 3, 28, 28)`, those that the model can read, as it reads them: `(N, V, 28, 28)`."""
     if "scene" in parse_augment(model.metadata.get("settings", {}).get("augment", "")):
-        chosen = views
-    else:
-        chosen = face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
-    probabilities = infer(model, chosen.flatten(0, 1).unsqueeze(1)).softmax(1)  # (N * V, C)
-    return probabilities.unflatten(0, (len(views), -1)).mean(1)
+        return views
+    return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
+
+
+def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
+    """Probabilities `(N, C)`: the mean over views, uint8 `(N, V, 28, 28)`."""
+    probabilities = infer(model, views.flatten(0, 1).unsqueeze(1)).softmax(1)  # (N * V, C)
+    return probabilities.unflatten(0, views.shape[:2]).mean(1)
 
 
 def printable(name: str) -> str:

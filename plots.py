@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from checkpoint import best_epoch, read_history, write_atomically
 
-MAX_PREDICTIONS = 20  # rows in one picture
+MAX_PREDICTIONS = 10  # rows in one picture
 MAX_IN_SHEET = 200  # images in one picture
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "legend.frameon": False}
@@ -299,13 +299,15 @@ def draw_predictions(
     true: Sequence[int | None],
     path: Path,
 ) -> None:
-    """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class.
+    """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class or, of
+    several samples, of the three most probable ones.
 
     `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(28, any)`, `probabilities` `(M, C)` in
     0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
     """
-    rows, height = min(len(views), MAX_PREDICTIONS), max(2.4, 0.6 + 0.27 * len(class_names))
-    with picture(path, (8.5, height * rows)) as figure:
+    rows = min(len(views), MAX_PREDICTIONS)
+    count = len(class_names) if rows == 1 else min(3, len(class_names))  # bars
+    with picture(path, (8.5, max(2.4 if rows == 1 else 1.7, 0.6 + 0.27 * count) * rows)) as figure:
         for (before, after, bars), original, view, title, probability, truth in zip(
             figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1, 1.3)), originals, views, titles, probabilities, true
         ):
@@ -314,17 +316,16 @@ def draw_predictions(
                 axes.set_title(heading, fontsize=9, parse_math=False)
                 axes.axis("off")
             winner = int(probability.argmax())
-            colours = ["0.75"] * len(class_names)
-            colours[winner] = BLUE if truth is None else RED
-            if truth is not None:
-                colours[truth] = GREEN
-            bars.barh(range(len(class_names)), probability, color=colours)
-            for y, value in enumerate(probability):
+            labels = range(count) if rows == 1 else np.argsort(-probability, kind="stable")[:count].tolist()
+            bars.set_yticks(range(count), [class_names[label] for label in labels], parse_math=False)
+            for y, label in enumerate(labels):
+                value, is_winner = probability[label], label == winner
+                colour = GREEN if label == truth else "0.75" if not is_winner else BLUE if truth is None else RED
+                bars.barh(y, value, color=colour)
                 x, side, colour = (value - 0.02, "right", "white") if value > 0.8 else (value + 0.02, "left", "black")
                 bars.text(x, y, f"{value:.1%}", va="center", ha=side, color=colour, fontsize=8)
-            bars.set_yticks(range(len(class_names)), class_names, parse_math=False)
             bars.invert_yaxis()
-            bars.set(xlim=(0, 1), xlabel="probability")
+            bars.set(xlim=(0, 1), xlabel="probability" if rows == 1 else "")
             bars.xaxis.set_major_formatter(PercentFormatter(1))
             title = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
             bars.set_title(title, fontsize=9, parse_math=False)

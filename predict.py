@@ -13,7 +13,6 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
-from photo import Photograph, classify, printable, read_photograph
+from photo import Photograph, classify, printable, read_photograph, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
 
@@ -73,7 +72,8 @@ def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) 
     """Print, list in predictions.csv and draw what each model, of which the last one is drawn, says of the photographs."""
     files, photographs = read_all(paths)
     views = torch.stack([photograph.views for photograph in photographs])  # (N, 3, 28, 28)
-    probabilities = [classify(model, views) for model in models]
+    selected = [select_views(model, views) for model in models]
+    probabilities = [classify(*pair) for pair in zip(models, selected)]
     rows, titles = [], []
     for number, (path, photograph) in enumerate(zip(files, photographs)):
         answers = [answer(each[number], model.metadata["class_names"]) for each, model in zip(probabilities, models)]
@@ -88,7 +88,8 @@ def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) 
     checkpoint.write_atomically(out / "predictions.csv", table.getvalue().encode())
     for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
-        originals, inputs = zip(*((each.picture, np.hstack(list(each.views.numpy()))) for each in photographs[part]))
+        originals = [photograph.picture for photograph in photographs[part]]
+        inputs = list(selected[-1][part].transpose(1, 2).flatten(2).numpy())  # (N, V, 28, 28) -> (N, 28, V * 28)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
         plots.draw_predictions(
             originals, inputs, titles[part], probabilities[-1][part].numpy(), class_names, [None] * len(inputs), path

@@ -221,10 +221,14 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     return (result.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def plain_count(count: int, fraction: float) -> int:
+    """How many of a batch's images, the first ones, stay as they are."""
+    return count - round(count * fraction)
+
+
 def add_scenes(images: torch.Tensor, fine_labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
-    """uint8 images `(N, 1, 28, 28)` of the classes `fine_labels` `(N,)`, a random `fraction` of which become scenes."""
-    draw = Random(generator)
-    i = draw.some(len(images), fraction)
-    images = images.clone()
-    images[i] = make_scenes(images[i], fine_labels[i], draw)
-    return images
+    """uint8 images `(N, 1, 28, 28)` of the classes `fine_labels` `(N,)`, in random order; the last `fraction` become scenes."""
+    first = plain_count(len(images), fraction)
+    if first == len(images):
+        return images
+    return torch.cat([images[:first], make_scenes(images[first:], fine_labels[first:], Random(generator))])

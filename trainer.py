@@ -20,13 +20,14 @@ import checkpoint
 import distributed
 import interrupts
 from augmentation import augment
-from config import TrainSettings, UserError
+from config import TrainSettings, UserError, parse_augment
 from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
 from device import autocast, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
 from model import Classifier, build_model, load_imagenet_weights
 from optimizer import build_optimizer, learning_rate, set_lr
+from scenes import plain_count
 
 TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al. 2015, arXiv 1503.02531, section 2
 
@@ -184,6 +185,7 @@ class Trainer:
         move(self.model, self.device)
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.sampler = HardExampleSampler(train) if min(fractions) < 1 else None
+        self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
         self.criterion = Criterion(self.model, settings).to(self.device)
         self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
         if distributed.rank():
@@ -222,7 +224,8 @@ class Trainer:
                 self.ema.update(self.model, step + 1)
             losses, correct = distributed.gather_rows(results, len(indices)).unbind(1)  # (B,) each
             if self.sampler:
-                self.sampler.record(indices, losses)
+                known = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
+                self.sampler.record(indices[:known], losses[:known])
             seen += len(indices)
             loss_sum += losses.sum().item()
             correct_sum += correct.sum().item()

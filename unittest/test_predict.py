@@ -13,7 +13,7 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import GRABCUT, WHOLE, classify, face_left, open_image, prepare, to_fashion_mnist
+from photo import GRABCUT, WHOLE, classify, face_left, open_image, prepare, select_views, to_fashion_mnist
 from trainer import infer
 
 
@@ -186,9 +186,15 @@ def test_a_model_without_scenes_does_not_see_the_whole_photograph(out):
     changed = views.clone()
     changed[:, WHOLE] = 0
     model = load_model(out / "best_model.pt")
-    assert classify(model, views).equal(classify(model, changed))
+    assert select_views(model, views).equal(select_views(model, changed))
     model.metadata["settings"] = {"augment": "scene:0.5"}
-    assert not classify(model, views).equal(classify(model, changed))
+    assert select_views(model, views).equal(views)
+
+
+def test_a_photographs_probability_is_the_mean_over_its_views(out):
+    model, views = load_model(out / "best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
+    expected = infer(model, views.unsqueeze(1)).softmax(1).mean(0, keepdim=True)
+    assert torch.allclose(classify(model, views.unsqueeze(0)), expected)
 
 
 @pytest.fixture
