@@ -155,6 +155,7 @@ class ModelSettings(BaseModel):
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
     output_dim: OutputDim = 10
     pretrained: bool = setting(False, "start resnet18 from torchvision's ImageNet weights, which are downloaded")
+    finetune: str = setting("", "start from the parameters in this best_model.pt, of the same layers; empty = random ones")
     dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")

@@ -29,6 +29,14 @@ class WhitenedConv2d(nn.Conv2d):
         self.requires_grad_(False)
 
 
+class StandardizedConv2d(nn.Conv2d):
+    """A first convolution that brings each image to mean 0 and deviation 1 by itself: instance normalisation, Ulyanov et al.
+    2016, arXiv 1607.08022. A photograph may be dark, pale, or light on dark."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.instance_norm(x, eps=0.02))  # an image of one grey stays nearly black
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. He et al. 2016,
     arXiv 1512.03385, section 3.2 and option B."""

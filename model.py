@@ -31,7 +31,7 @@ from torch import nn
 
 import checkpoint
 from config import UserError
-from layers import ResidualBlock, SomeModel, WhitenedConv2d, add_batch_norm, fuse_batch_norm
+from layers import ResidualBlock, SomeModel, StandardizedConv2d, WhitenedConv2d, add_batch_norm, fuse_batch_norm
 
 
 class Classifier(nn.Module):
@@ -158,9 +158,9 @@ def resnet14(output_dim: int) -> Classifier:
 
 
 def resnet14_photo(output_dim: int) -> Classifier:
-    """resnet14 that standardises each image by itself: a photograph may be dark, or light on dark."""
+    """resnet14 that standardises each image by itself."""
     model = resnet14(output_dim)
-    model.features.insert(0, nn.InstanceNorm2d(1, eps=0.02))
+    model.features[0] = StandardizedConv2d(1, 16, 3, padding=1, bias=False)
     return model
 
 

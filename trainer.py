@@ -20,7 +20,7 @@ import checkpoint
 import distributed
 import interrupts
 from augmentation import augment
-from config import TrainSettings, UserError, parse_augment
+from config import TrainSettings, UserError, parse_augment, resolve
 from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
 from device import autocast, move
 from distillation import load_teacher
@@ -179,6 +179,9 @@ class Trainer:
         self.model = build_model(**settings.model_dump(include=model_keys))
         if settings.pretrained:
             load_imagenet_weights(self.model)
+        if settings.finetune:
+            path = resolve(settings.finetune)
+            checkpoint.load_parameters(self.model, checkpoint.load(path, "best_model")["model"], path)
         self.model.set_statistics(mean, std, images[train[:2000]].cpu())
         if settings.batch_norm:
             add_batch_norm(self.model)
