@@ -28,10 +28,10 @@ from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import AdamLearner, FisherLearner
+from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, Source, similar_class
 from transfer.shoe_images import draw_picks, load_shoes, read_parts
 
-UNLABELLED = 1_500  # training images of one class, used without their labels
+UNLABELLED = 1_500  # training images, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
 OURS, REFERENCE, UNTRAINED, PIXELS = "this repository", "the reference's way", "untrained convolutions", "raw pixels"
 
@@ -45,16 +45,23 @@ class TransferSettings(Settings):
     episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
     query: Literal["test", "pool"] = setting("test", "test on test/ and extended/, or on the rest of pool/, to choose settings")
     checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
-    unlabelled: Literal[CLASS_NAMES] = setting("Ankle boot", "class of training images used without labels")  # type: ignore[valid-type]
-    shrink: float = setting(0.001, "shrinkage of the directions in which distortions move the features", gt=0)
-    rounds: int = setting(3, "of soft k-means over the unlabelled images; 0 = none", ge=0, le=100)
 
 
-def build_learners(model: Classifier, classes: int, settings: TransferSettings) -> dict:
-    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
+    """Training images to use without labels, uint8 `(U, 1, 28, 28)`: of the class that the supports come from, or of all."""
     images, labels = load_images("train", settings.data_path)
-    members = torch.nonzero(labels == CLASS_NAMES.index(settings.unlabelled)).squeeze(1)
-    unlabelled = images[shuffle(members, torch.Generator().manual_seed(settings.seed))[:UNLABELLED]]  # (U, 1, 28, 28)
+    order = shuffle(torch.arange(len(labels)), torch.Generator().manual_seed(settings.seed))
+    by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(CLASS_NAMES))]
+    mixed = images[torch.cat([members[: UNLABELLED // len(by_class)] for members in by_class])]
+    examples = infer(model, mixed, features=True).unflatten(0, (len(by_class), -1))
+    label = similar_class(infer(model, supports, features=True), examples)
+    print("unlabelled images:", "of all classes, which the supports do not resemble" if label is None else CLASS_NAMES[label])
+    return (mixed, PHOTOGRAPHS) if label is None else (images[by_class[label]], DATA_SET)
+
+
+def build_learners(model: Classifier, classes: int, supports: torch.Tensor, settings: TransferSettings) -> dict:
+    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+    unlabelled, source = choose_unlabelled(model, supports, settings)
     torch.manual_seed(settings.seed)
     metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
@@ -62,7 +69,7 @@ def build_learners(model: Classifier, classes: int, settings: TransferSettings) 
     untrained.to(next(model.parameters()).device)
     first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
     trained_features, untrained_features = partial(infer, model, features=True), partial(infer, untrained, features=True)
-    common = (unlabelled, settings.seed, settings.shrink, settings.rounds)
+    common = (unlabelled, source, settings.seed)
     return {
         OURS: FisherLearner(trained_features, *common),
         REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
@@ -191,7 +198,7 @@ def main(arguments: list[str]) -> None:
     before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
     episodes = Episodes(settings)
-    learners = build_learners(model, len(episodes.classes), settings)
+    learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")
     print(f"{'':22}    mean    std     min      max   95 % interval")
