@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from config import parse_augment
+from scenes import add_scenes
 
 
-def augment(images: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
+def augment(images: torch.Tensor, fine_labels: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
     """Images `(N, 1, 28, 28)`, uint8 in and out, each changed at random as `augmentations` says ("hflip:0.5,shift:2")."""
     for name, strength in parse_augment(augmentations).items():
-        if name != "gan":  # which adds images (gan.networks.add_generated) and changes none
+        if name == "scene":
+            images = add_scenes(images, fine_labels, strength, generator)
+        elif name != "gan":  # which adds images (gan.networks.add_generated) and changes none
             images = FUNCTIONS[name](images, strength, generator)
     return images
 

@@ -154,9 +154,7 @@ def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int])
     if differ:
         raise UserError(f"resume=true: the checkpoint has other settings: {', '.join(differ)}")
     if settings.model_dump()["epochs"] != saved_settings["epochs"] and saved_settings["schedule"] in ("cosine", "linear"):
-        print(
-            f"resumes with another number of epochs: from here on, the {saved_settings['schedule']} schedule covers all of them"
-        )
+        print(f"resumes with another number of epochs: the {saved_settings['schedule']} schedule now covers all of them")
     changed = [f"{key}={value} (was {made_on.get(key)})" for key, value in here.items() if value != made_on.get(key)]
     if changed:
         print(f"resumes with {', '.join(changed)}: the result will not be bitwise that of an uninterrupted run")

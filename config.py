@@ -25,16 +25,13 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "noise": (10, 255, "standard deviation of Gaussian noise, grey levels"),
     "blur": (1, 5, "largest standard deviation of a Gaussian blur, pixels"),
     "erase": (0.5, 1, "probability of random erasing"),
+    "scene": (0.5, 1, "fraction of images whose garments are laid on backgrounds, as in photographs"),
     "gan": (1, 3, "standard deviation of the noise of a GAN's generator, whose images are added to the training set"),
 }
 
 
 class UserError(Exception):
     """An error that the user can correct. Its text is one line: what is wrong, where, and what to do."""
-
-
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 def resolve(path: str) -> Path:
@@ -89,7 +86,8 @@ def setting(default, description: str, **limits):
 
 
 Architecture = Literal[
-    "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet18", "resnet18_56", "fast_cnn"
+    "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet14_photo", "resnet18",
+    "resnet18_56", "fast_cnn",
 ]  # fmt: skip
 _STRENGTHS = "; ".join(f"{name}: {unit}, 0 to {top}, default {value}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare
@@ -147,9 +145,7 @@ class ModelFileSettings(RecipeSettings):
         """Raises UserError if there is no such file."""
         path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
         if not path.exists():
-            raise UserError(
-                f"{path}: there is no such file; train.py with this recipe and out_dir makes it, or name checkpoint="
-            )
+            raise UserError(f"{path}: there is no such file; train.py with this recipe makes it, or name checkpoint=")
         return path
 
 
@@ -159,9 +155,7 @@ class ModelSettings(BaseModel):
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
     output_dim: OutputDim = 10
     pretrained: bool = setting(False, "start resnet18 from torchvision's ImageNet weights, which are downloaded")
-    dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(
-        -1.0, "probability in every dropout layer; -1 = the architecture's own", ge=-1, lt=1
-    )
+    dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")
     batch_norm: bool = setting(False, "batch normalisation after every hidden layer, fused into the weights in the saved model")
@@ -260,7 +254,8 @@ def read_config(path: Path) -> dict:
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:
-    return f"there is no setting {key!r} here; the nearest is {nearest_name(key, known)!r}, help lists all"
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0)[0]
+    return f"there is no setting {key!r} here; the nearest is {nearest!r}, help lists all"
 
 
 def as_text(value: object) -> str:

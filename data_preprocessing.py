@@ -220,6 +220,7 @@ class Split(NamedTuple):
     fine_labels: torch.Tensor
     train: torch.Tensor
     valid: torch.Tensor
+    generated: int = 0  # how many of `train`, the last ones, a GAN has drawn
 
 
 def load_splits(settings, device: torch.device, folds: int = 0, runs: int = 1) -> list[Split]:

@@ -30,9 +30,8 @@ def load_teacher(settings: TrainSettings, seed: int, device: torch.device) -> Te
     checkpoint.check_same_split(path, metadata.get("settings", {}), seed, settings.valid_ratio)
     names = class_names(settings.output_dim)
     if tuple(metadata["class_names"]) != names:
-        raise UserError(
-            f"{path}: has the classes {', '.join(metadata['class_names'])}, not {', '.join(names)}; name another teacher"
-        )
+        found = ", ".join(metadata["class_names"])
+        raise UserError(f"{path}: has the classes {found}, not {', '.join(names)}; name another teacher")
     if model is not None:
         model = freeze(move(model, device))
         return torch.no_grad()(lambda images, _: model(images))

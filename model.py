@@ -16,7 +16,7 @@ applies to each.
 | mlp | 235,146 | System 3 |
 | deep_cnn, deep_cnn_dropout | 243,786, 225,034 | System 2, versions A and B |
 | compact_cnn | 98,442 | System 4 |
-| resnet8, resnet14 | 77,754, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
+| resnet8, resnet14, resnet14_photo | 77,754, 99,418, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | fast_cnn | 29,178 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
@@ -157,6 +157,13 @@ def resnet14(output_dim: int) -> Classifier:
     return _resnet(output_dim, (16, 16), (32, 32), (40, 40))
 
 
+def resnet14_photo(output_dim: int) -> Classifier:
+    """resnet14 that standardises each image by itself: a photograph may be dark, or light on dark."""
+    model = resnet14(output_dim)
+    model.features.insert(0, nn.InstanceNorm2d(1, eps=0.02))
+    return model
+
+
 def resnet18(output_dim: int) -> Classifier:
     """torchvision's, with one input channel."""
     from torchvision.models import resnet18  # here, because torchvision takes a second to import
@@ -187,7 +194,19 @@ def fast_cnn(output_dim: int) -> Classifier:
     return Classifier(nn.Sequential(*layers), 64 * 3 * 3, output_dim)
 
 
-_FUNCTIONS = (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet8, resnet14, resnet18, resnet18_56, fast_cnn)
+_FUNCTIONS = (
+    cnn,
+    mlp,
+    deep_cnn,
+    deep_cnn_dropout,
+    compact_cnn,
+    resnet8,
+    resnet14,
+    resnet14_photo,
+    resnet18,
+    resnet18_56,
+    fast_cnn,
+)
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {function.__name__: function for function in _FUNCTIONS}
 
 
@@ -202,12 +221,10 @@ INITS = {  # of convolutional and linear weights; the biases are then 0
 def build_model(
     architecture: str, output_dim: int, *, dropout: float = -1.0, activation: str = "relu", init: str = "default"
 ) -> Classifier:
-    """A model with fresh parameters, channels last. Raises UserError for a name that ARCHITECTURES lacks.
+    """A model with fresh parameters, channels last. `architecture` is a name in ARCHITECTURES.
 
     `dropout` is the probability in all its dropout layers, -1 keeps the architecture's own; `init="default"` is PyTorch's.
     """
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"architecture={architecture}: there is no such model; known: {', '.join(ARCHITECTURES)}")
     model = ARCHITECTURES[architecture](output_dim)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():

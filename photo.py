@@ -1,37 +1,126 @@
-"""Photographs of any size, colour mode and background, brought to Fashion-MNIST's format."""
+"""Photographs of any size, colour mode and background, brought to Fashion-MNIST's format.
+
+A photograph becomes three views: `CUT_OUT`, as the data set's authors made theirs, for plain backgrounds; `GRABCUT`, cut out
+by colour and place, for others; `WHOLE`, the photograph itself in grey. They fail on different photographs, so a model's answer
+is its mean probability over them. A model that was trained without scenes (scenes.py) knows garments on black only: it reads
+the first two.
+"""
 
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from config import ROOT, UserError
+from config import ROOT, UserError, parse_augment
 from data_preprocessing import SHOES, task_labels
-from model import load_model
+from model import Classifier, load_model
 from trainer import infer
 
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
 MIN_SIDE = 8  # pixels
 MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
+GRABCUT_SIDE = 128  # pixels: a fifteenth of a second at twice this
+CUT_OUT, GRABCUT, WHOLE = range(3)
 
 
-def read_photographs(paths: Sequence[Path]) -> tuple[list[np.ndarray], torch.Tensor]:
-    """Image files as RGB `(H, W, 3)`, reduced for pictures, and in Fashion-MNIST's format, uint8 `(N, 28, 28)`.
+class Photograph(NamedTuple):
+    picture: np.ndarray  # RGB (H, W, 3), small, to be drawn
+    views: torch.Tensor  # uint8 (3, 28, 28)
+    warning: str  # why the answer may be wrong; empty if nothing speaks against it
 
-    Raises UserError, naming the file, if one can't be read or shows nothing.
+
+def read_photograph(path: Path) -> Photograph:
+    """Raises UserError, naming the file, if it can't be read."""
+    image = open_image(path)
+    views, warning = prepare(image)
+    image.thumbnail((WORKING_SIDE // 2, WORKING_SIDE // 2))
+    return Photograph(np.asarray(image), torch.from_numpy(np.stack(views)), warning)
+
+
+def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
+    """The views, uint8 `(28, 28)` each, of an RGB image, and a warning."""
+    cut_out = to_fashion_mnist(image)
+    if image.size == (28, 28) and cut_out is not None and (cut_out == np.asarray(image.convert("L"))).all():
+        return [cut_out] * 3, ""
+    image = image.copy()
+    image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+    grey = np.asarray(image.convert("L")).astype(np.float32)
+    grabcut, objects = cut_with_grabcut(np.asarray(image))
+    background = np.median(_border(grey))
+    found = []
+    if cut_out is None:
+        cut_out = grabcut
+        found.append("nothing stands out from the background")
+    elif (np.abs(_border(grey) - background) > 22).mean() > 0.02:
+        found.append("the background is busy")
+    if objects > 1:
+        found.append("there are two objects")
+    return [cut_out, grabcut, _square(grey, background)], "; ".join(found)
+
+
+def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    """The negative of what stands out in RGB `pixels` `(H, W, 3)`, on black, uint8 `(28, 28)`; the number of large parts.
+
+    GrabCut (Rother, Kolmogorov & Blake 2004) begins with what differs in colour from the border.
     """
-    originals, views = [], []
-    for path in paths:  # one at a time: a phone's photograph is large
-        image = open_image(path)
-        views.append(to_fashion_mnist(image, str(path)))
-        image.thumbnail((WORKING_SIDE, WORKING_SIDE))
-        originals.append(np.asarray(image))
-    return originals, torch.from_numpy(np.stack(views))
+    import cv2  # here: only photographs need it
+
+    scale = GRABCUT_SIDE / max(pixels.shape[:2])
+    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    colours = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
+    edge = _border(colours)
+    distance = np.linalg.norm(colours - np.median(edge, axis=0), axis=2)
+    noise = np.median(np.linalg.norm(edge - np.median(edge, axis=0), axis=1))
+    mask = np.where(distance > max(12, 2.5 * noise), cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    margin = 3
+    framed = np.full_like(mask, cv2.GC_BGD)
+    framed[margin:-margin, margin:-margin] = mask[margin:-margin, margin:-margin]
+    height, width = mask.shape
+    if (framed == cv2.GC_PR_FGD).sum() < 20:
+        framed[height // 4 : -height // 4, width // 4 : -width // 4] = cv2.GC_PR_FGD
+    try:
+        cv2.grabCut(small, framed, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
+    except cv2.error:  # too few pixels or colours for its mixtures
+        pass
+    is_object = np.isin(framed, (cv2.GC_FGD, cv2.GC_PR_FGD))
+    _, parts, statistics, _ = cv2.connectedComponentsWithStats(is_object.astype(np.uint8))
+    areas = statistics[1:, cv2.CC_STAT_AREA]
+    if areas.sum() < 30:
+        is_object, areas = np.ones_like(is_object), np.ones(1)
+    else:
+        is_object = np.isin(parts, 1 + np.flatnonzero(areas >= 0.1 * areas.max()))
+    rows, columns = np.flatnonzero(is_object.any(1)), np.flatnonzero(is_object.any(0))
+    negative = (255.0 - cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)) * is_object
+    view = _square(negative[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 0)
+    return view, int((areas >= 0.3 * areas.max()).sum())
+
+
+def _square(grey: np.ndarray, background: float) -> np.ndarray:
+    """Grey values `(H, W)`, extended to a square by `background`, as uint8 `(28, 28)`."""
+    side = max(grey.shape)
+    square = np.full((side, side), background, np.float32)
+    top, left = (side - grey.shape[0]) // 2, (side - grey.shape[1]) // 2
+    square[top : top + grey.shape[0], left : left + grey.shape[1]] = grey
+    resized = Image.fromarray(square).resize((28, 28), Image.Resampling.BOX)
+    return np.asarray(resized).round().clip(0, 255).astype(np.uint8)
+
+
+def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
+    """Of views, uint8 `(N, 3, 28, 28)`, those that the model can read, as it reads them: `(N, V, 28, 28)`."""
+    if "scene" in parse_augment(model.metadata.get("settings", {}).get("augment", "")):
+        return views
+    return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
+
+
+def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
+    """Probabilities `(N, C)`: the mean over views, uint8 `(N, V, 28, 28)`."""
+    probabilities = infer(model, views.flatten(0, 1).unsqueeze(1)).softmax(1)  # (N * V, C)
+    return probabilities.unflatten(0, views.shape[:2]).mean(1)
 
 
 def printable(name: str) -> str:
@@ -96,16 +185,15 @@ def _upright_rgb(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
+def to_fashion_mnist(image: Image.Image) -> np.ndarray | None:
     """An RGB image as the data set's authors would have made it: uint8 `(28, 28)`, garment bright on black.
 
     Their steps (arXiv 1708.07747, figure 1): trim the edges that have the corners' colour, resize the longest edge to
     28, sharpen, extend the shortest edge to 28, negate, grey. Ours differ where a photograph differs from their
     catalogue pictures: the background's colour and noise are measured along the whole border; resizing averages
     instead of skipping pixels; the background becomes exactly black; an object brighter than the background is not
-    negated. An image that is 28x28 on black already is returned unchanged. Raises UserError if no object stands out.
+    negated. An image that is 28x28 on black already is returned unchanged. None if no object stands out.
     """
-    nothing = UserError(f"{name}: nothing stands out from the background; photograph the object on a plain, contrasting one")
     if image.size == (28, 28):
         grey = np.asarray(image.convert("L"))
         if np.median(_border(grey)) < 8 and grey.max() >= MIN_CONTRAST:
@@ -121,7 +209,7 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     rows = np.flatnonzero(stands_out.mean(1) > 0.01)  # one pixel in a hundred: specks don't count
     columns = np.flatnonzero(stands_out.mean(0) > 0.01)
     if not len(rows) or not len(columns):
-        raise nothing
+        return None
     image = image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     scale = 28 / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
@@ -134,9 +222,7 @@ def to_fashion_mnist(image: Image.Image, name: str) -> np.ndarray:
     view = np.zeros((28, 28), dtype=np.uint8)
     top, left = (28 - grey.shape[0]) // 2, (28 - grey.shape[1]) // 2
     view[top : top + grey.shape[0], left : left + grey.shape[1]] = distance.clip(0, 255).round()
-    if view.max() < MIN_CONTRAST:  # of another colour, but as bright as the background
-        raise nothing
-    return view
+    return view if view.max() >= MIN_CONTRAST else None  # of another colour, but as bright as the background
 
 
 def _border(pixels: np.ndarray) -> np.ndarray:

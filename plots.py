@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 try:
     import matplotlib  # noqa: F401
@@ -25,7 +27,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from checkpoint import best_epoch, read_history, write_atomically
 
-MAX_PREDICTIONS = 20  # rows in one picture
+MAX_PREDICTIONS = 10  # rows in one picture
 MAX_IN_SHEET = 200  # images in one picture
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "legend.frameon": False}
@@ -159,6 +161,21 @@ def draw_sheet(
         axes.axis("off")
 
 
+def animate_grids(grids: Sequence[torch.Tensor], columns: int, path: Path) -> None:
+    """Grids of uint8 images `(M, 28, 28)` in rows of `columns`, one per epoch, the last one longer: a GIF of 12 s at most."""
+    from torchvision.utils import make_grid  # here: torchvision takes a second to import
+
+    frames = []
+    for epoch, images in enumerate(grids, 1):
+        tiles = make_grid(images.unsqueeze(1), columns, padding=2)[0] // 16 * 17  # 16 greys make a quarter of the file
+        frames.append(Image.fromarray(np.pad(tiles.numpy(), ((14, 0), (0, 0)))))
+        ImageDraw.Draw(frames[-1]).text((2, 1), f"epoch {epoch}", fill=255)
+    buffer = io.BytesIO()
+    milliseconds = [min(250, 9000 // len(frames))] * (len(frames) - 1) + [3000]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    write_atomically(path, buffer.getvalue())
+
+
 def draw_features(
     points: np.ndarray, explained: list[float], labels: np.ndarray, class_names: Sequence[str], images: np.ndarray, path: Path
 ) -> None:
@@ -232,12 +249,12 @@ def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[
     its fraction of the variance, in 0..1."""
     with picture(path, (10, 4)) as figure:
         history, importance = figure.subplots(1, 2, width_ratios=(3, 2))
-        for is_pruned, colour, label in ((False, BLUE, "completed"), (True, "0.7", "pruned")):
-            chosen = [(number, loss) for number, loss, pruned in trials if pruned == is_pruned and loss is not None]
-            history.plot(*zip(*chosen), "o", color=colour, markersize=4, label=label) if chosen else None
-        ended = [(number, loss) for number, loss, pruned in sorted(trials) if not pruned and loss is not None]
-        lowest_so_far = np.minimum.accumulate([loss for _, loss in ended])
-        history.step([number for number, _ in ended], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
+        numbers, losses, is_pruned = np.array(sorted(trials), dtype=float).T  # no loss becomes NaN, which is not drawn
+        completed = is_pruned == 0
+        for chosen, colour, label in ((completed, BLUE, "completed"), (~completed, "0.7", "pruned")):
+            history.plot(numbers[chosen], losses[chosen], "o", color=colour, markersize=4, label=label)
+        lowest_so_far = np.fmin.accumulate(losses[completed])
+        history.step(numbers[completed], lowest_so_far, where="post", color=ORANGE, label="lowest so far")
         history.set(xlabel="trial", ylabel="validation loss (nats)", title="Hyperparameter search", yscale="log")
         history.legend()
         names = sorted(weights, key=weights.__getitem__)
@@ -256,16 +273,14 @@ def draw_time_to_accuracy(
         minutes, accuracies = np.array(sorted(recipes.values())).T
         best = np.maximum.accumulate(accuracies)
         axes.step(minutes, best, where="post", color="0.85", lw=4, label="the best so far", zorder=0)
+        labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
         height = 0.0
         for name, point in sorted(recipes.items(), key=lambda item: item[1][1]):  # names in a column on the right
             colour = GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE
-            axes.plot(*point, "o", color=colour, markersize=6)
+            axes.plot(*point, "o", color=colour, markersize=6, label=labels.pop(colour, None))  # once in the legend
             height = max(point[1], height + 0.0035)  # so that they don't overlap
             line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "lw": 0.8}
             axes.annotate(name, point, (500, height), fontsize=8, color=colour, va="center", arrowprops=line)
-        labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
-        for colour, label in labels.items():
-            axes.plot([], [], "o", color=colour, label=f"{label}, test")
         axes.set(xscale="log", xlabel="minutes of training, on one core or two", ylabel="accuracy", title="What accuracy costs")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -277,20 +292,22 @@ def draw_time_to_accuracy(
 
 def draw_predictions(
     originals: Sequence[np.ndarray],
-    views: np.ndarray,
+    views: Sequence[np.ndarray],
     titles: Sequence[str],
     probabilities: np.ndarray,
     class_names: Sequence[str],
     true: Sequence[int | None],
     path: Path,
 ) -> None:
-    """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class.
+    """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class or, of
+    several samples, of the three most probable ones.
 
-    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(M, 28, 28)`, `probabilities` `(M, C)` in
+    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(28, any)`, `probabilities` `(M, C)` in
     0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
     """
-    rows, height = min(len(views), MAX_PREDICTIONS), max(2.4, 0.6 + 0.27 * len(class_names))
-    with picture(path, (8.5, height * rows)) as figure:
+    rows = min(len(views), MAX_PREDICTIONS)
+    count = len(class_names) if rows == 1 else min(3, len(class_names))  # bars
+    with picture(path, (8.5, max(2.4 if rows == 1 else 1.7, 0.6 + 0.27 * count) * rows)) as figure:
         for (before, after, bars), original, view, title, probability, truth in zip(
             figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1, 1.3)), originals, views, titles, probabilities, true
         ):
@@ -299,17 +316,16 @@ def draw_predictions(
                 axes.set_title(heading, fontsize=9, parse_math=False)
                 axes.axis("off")
             winner = int(probability.argmax())
-            colours = ["0.75"] * len(class_names)
-            colours[winner] = BLUE if truth is None else RED
-            if truth is not None:
-                colours[truth] = GREEN
-            bars.barh(range(len(class_names)), probability, color=colours)
-            for y, value in enumerate(probability):
+            labels = range(count) if rows == 1 else np.argsort(-probability, kind="stable")[:count].tolist()
+            bars.set_yticks(range(count), [class_names[label] for label in labels], parse_math=False)
+            for y, label in enumerate(labels):
+                value, is_winner = probability[label], label == winner
+                colour = GREEN if label == truth else "0.75" if not is_winner else BLUE if truth is None else RED
+                bars.barh(y, value, color=colour)
                 x, side, colour = (value - 0.02, "right", "white") if value > 0.8 else (value + 0.02, "left", "black")
                 bars.text(x, y, f"{value:.1%}", va="center", ha=side, color=colour, fontsize=8)
-            bars.set_yticks(range(len(class_names)), class_names, parse_math=False)
             bars.invert_yaxis()
-            bars.set(xlim=(0, 1), xlabel="probability")
+            bars.set(xlim=(0, 1), xlabel="probability" if rows == 1 else "")
             bars.xaxis.set_major_formatter(PercentFormatter(1))
             title = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
             bars.set_title(title, fontsize=9, parse_math=False)

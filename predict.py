@@ -1,28 +1,34 @@
 """Predict one test image, or photographs: `python predict.py [recipe=NAME] [key=value ...] [IMAGE ...]`.
 
-`index=N` takes test image N. Image files are brought to Fashion-MNIST's format first. With neither, a random test image is
-taken. Prints the predictions and draws plots/prediction.png in out_dir.
+An IMAGE is a file, a folder or a pattern. Two models classify photographs: Task 1's (clothes or shoe) and that of recipe=photo
+(ten classes); naming a recipe, out_dir or checkpoint takes that model alone. `index=N` takes test image N; with neither, a
+random test image is taken. Prints the predictions and writes predictions.csv and plots/prediction*.png in out_dir.
 """
 
+import csv
+import glob
+import io
 import os
 import random
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
 
+import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
-from photo import face_left, printable, read_photographs
+from photo import Photograph, classify, printable, read_photograph, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
+
+COLUMNS = ("file", "class", "probability", "runner_up", "warning")  # of predictions.csv
 
 
 class PredictSettings(ModelFileSettings):
@@ -33,26 +39,62 @@ class PredictSettings(ModelFileSettings):
 
 def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Tensor, index: int, path: Path) -> None:
     """Print and draw the prediction for test image `index`, beside its true class."""
-    view = images[index]  # (1, 28, 28)
-    predict_views(model, [view[0].numpy()], view, [f"test image {index}"], [int(labels[index])], path)
-
-
-def predict_views(
-    model: Classifier,
-    originals: list[np.ndarray],
-    views: torch.Tensor,
-    titles: list[str],
-    true_labels: Sequence[int | None],
-    path: Path,
-) -> None:
-    """Print and draw the predictions for `views`, uint8 `(M, 28, 28)`, which were made from `originals`."""
-    class_names = model.metadata["class_names"]
-    probabilities = infer(model, views.unsqueeze(1)).softmax(1)
-    for title, probability, label in zip(titles, probabilities, true_labels):
-        truth = "" if label is None else f", true {class_names[label]}"
-        print(f"{title}: predicted {class_names[probability.argmax()]} ({probability.max():.2%}){truth}")
-    plots.draw_predictions(originals, views.numpy(), titles, probabilities.numpy(), class_names, true_labels, path)
+    class_names, view, label = model.metadata["class_names"], images[index], int(labels[index])  # view (1, 28, 28)
+    probability = infer(model, view.unsqueeze(0)).softmax(1)
+    print(f"test image {index}: predicted {answer(probability[0], class_names)}, true {class_names[label]}")
+    pixels = view[0].numpy()
+    titles = [f"test image {index}"]
+    plots.draw_predictions([pixels], [pixels], titles, probability.numpy(), class_names, [label], path)
     print(f"wrote {path}")
+
+
+def answer(probability: torch.Tensor, class_names: list[str]) -> str:
+    return f"{class_names[probability.argmax()]} ({probability.max():.2%})"
+
+
+def read_all(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
+    """The photographs and their files; a line on stderr for each file that can't be read. Raises UserError if none can."""
+    files, photographs = [], []
+    for path in tqdm(paths, "photographs", disable=None if len(paths) > 10 else True, leave=False):
+        try:
+            photographs.append(read_photograph(path))
+            files.append(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            tqdm.write(str(error), file=sys.stderr)
+    if not files:
+        raise UserError(f"none of the {len(paths)} files could be read")
+    return files, photographs
+
+
+def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) -> None:
+    """Print, list in predictions.csv and draw what each model, of which the last one is drawn, says of the photographs."""
+    files, photographs = read_all(paths)
+    views = torch.stack([photograph.views for photograph in photographs])  # (N, 3, 28, 28)
+    selected = [select_views(model, views) for model in models]
+    probabilities = [classify(*pair) for pair in zip(models, selected)]
+    rows, titles = [], []
+    for number, (path, photograph) in enumerate(zip(files, photographs)):
+        answers = [answer(each[number], model.metadata["class_names"]) for each, model in zip(probabilities, models)]
+        note = f"; {photograph.warning}" if photograph.warning else ""
+        print(f"{printable(path.name)}: predicted {', '.join(answers)}{note}")
+        class_names, last = models[-1].metadata["class_names"], probabilities[-1][number]
+        best, runner_up = last.topk(2).indices.tolist()
+        rows.append((printable(str(path)), class_names[best], f"{last[best]:.4f}", class_names[runner_up], photograph.warning))
+        titles.append("\n".join([printable(path.name), *answers[:-1]]))
+    table = io.StringIO()
+    csv.writer(table).writerows([COLUMNS, *rows])
+    checkpoint.write_atomically(out / "predictions.csv", table.getvalue().encode())
+    for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
+        part = slice(first, first + plots.MAX_PREDICTIONS)
+        originals = [photograph.picture for photograph in photographs[part]]
+        inputs = list(selected[-1][part].transpose(1, 2).flatten(2).numpy())  # (N, V, 28, 28) -> (N, 28, V * 28)
+        path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
+        plots.draw_predictions(
+            originals, inputs, titles[part], probabilities[-1][part].numpy(), class_names, [None] * len(inputs), path
+        )
+        print(f"wrote {path}")
 
 
 def is_setting(word: str) -> bool:
@@ -62,23 +104,34 @@ def is_setting(word: str) -> bool:
     return word in HELP or (bool(equals) and "/" not in key and not is_file)
 
 
+def find_files(word: str) -> list[Path]:
+    """The files that a word of the command line names: one, those in a folder and its folders, or those of a pattern."""
+    path = Path(word) if os.path.exists(word) else ROOT / word
+    if os.path.isdir(path):
+        members = sorted(member for member in path.rglob("*") if member.is_file() and not member.name.startswith("."))
+        if not members:
+            raise UserError(f"{path}: has no file")
+        return members
+    return [path] if os.path.exists(path) else sorted(map(Path, glob.glob(word, recursive=True))) or [path]
+
+
 def main(arguments: list[str]) -> None:
     words = [word for word in arguments if is_setting(word)]
-    paths = [Path(word) if os.path.exists(word) else ROOT / word for word in arguments if word not in words]
+    paths = [path for word in arguments if word not in words for path in find_files(word)]
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    model = move(load_model(settings.model_path), choose_device(settings.device))
-    picture = settings.out_path / "plots" / "prediction.png"
+    models = [load_model(settings.model_path)]
+    if paths and not any(word.startswith(("recipe=", "out_dir=", "checkpoint=")) for word in words):
+        models.append(load_model(ROOT / "runs" / "photo" / "best_model.pt"))
+    for model in models:
+        move(model, choose_device(settings.device))
     if paths:
-        originals, views = read_photographs(paths)
-        predict_views(
-            model, originals, face_left(views), [printable(path.name) for path in paths], [None] * len(paths), picture
-        )
-    else:
-        images, fine_labels = load_images("t10k", settings.data_path)
-        index = settings.index if settings.index >= 0 else random.randrange(len(images))
-        predict_test_image(model, images, labels_for(model.metadata["class_names"], fine_labels), index, picture)
+        return predict_photographs(models, paths, settings.out_path)
+    images, fine_labels = load_images("t10k", settings.data_path)
+    index = settings.index if settings.index >= 0 else random.randrange(len(images))
+    labels = labels_for(models[0].metadata["class_names"], fine_labels)
+    predict_test_image(models[0], images, labels, index, settings.out_path / "plots" / "prediction.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 
 import checkpoint
 import distributed
@@ -23,7 +23,7 @@ def is_done(epochs: Sequence[dict], max_epochs: int, patience: int = 0) -> bool:
 
 
 class Run:
-    """A training run in `settings.out_path`, new or resumed. `with run:` locks the folder and defers Ctrl-C and SIGTERM.
+    """A training run in `settings.out_path`, new or resumed.
 
     `trainer_type` is Trainer or GanTrainer: the kinds of its files. `history` has a line per epoch, of all `count` models
     that are trained one after another. Raises UserError if there is nothing to resume from, or other settings made it.
@@ -39,10 +39,10 @@ class Run:
         if self.saved:
             checkpoint.check_resumable(self.saved, settings, machine)
             if not self.model_path.exists():
-                raise UserError(
-                    f"{self.model_path}: is missing, and checkpoint.pt has the last epoch only; train without resume"
-                )
+                raise UserError(f"{self.model_path}: is missing, and checkpoint.pt has no best epoch; train without resume")
             self.model_file = checkpoint.load(self.model_path, trainer_type.model_kind)
+            if self.is_done(count):
+                print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")
         elif self.path.exists():
             print(f"starts over, replacing the training in {self.out}; resume=true would continue it")
 
@@ -54,20 +54,17 @@ class Run:
         is_own = is_own and checkpoint.load(self.path, self.kind).get("job") == distributed.job_id()
         return bool(distributed.all_reduce_max(int(is_own)))  # the first process decides
 
-    def __enter__(self) -> "Run":
-        with ExitStack() as stack:
-            if distributed.rank() == 0:
-                stack.enter_context(interrupts.lock_folder(self.out))
-            stack.enter_context(interrupts.deferred())
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder and defer Ctrl-C and SIGTERM; after one of them, print the command that continues."""
+        with interrupts.lock_folder(self.out) if distributed.rank() == 0 else nullcontext(), interrupts.deferred():
             if self.saved:  # somebody may have removed it
                 checkpoint.write_history(self.out / "history.jsonl", self.saved["settings"], self.history)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._stack.__exit__(kind, error, traceback)
-        if isinstance(error, interrupts.Interrupted):
-            print(f"\ninterrupted; to continue: {interrupts.resume_command(self.arguments, bool(self.history))}")
+            try:
+                yield
+            except interrupts.Interrupted:
+                print(f"\ninterrupted; to continue: {interrupts.resume_command(self.arguments, bool(self.history))}")
+                raise
 
     def is_done(self, number: int = 1) -> bool:
         patience = getattr(self.settings, "patience", 0)

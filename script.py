@@ -91,23 +91,20 @@ def describe(settings_type: type[Settings], values: dict) -> str:
     return "\n".join(lines)
 
 
-class Output(io.TextIOBase):
+class Output:
     """Standard output that may fail: on a full disk, one line on stderr, then silence, so that no work is lost."""
 
     def __init__(self, stream: io.TextIOWrapper):
         self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         return self._attempt(lambda: self.stream.write(text)) or 0
 
     def flush(self) -> None:
         self._attempt(self.stream.flush)
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
 
     def _attempt(self, call: Callable):
         try:

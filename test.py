@@ -32,9 +32,7 @@ TASKS = {2: "clothes or shoe", 10: "10-class Fashion-MNIST"}
 class TestSettings(ModelFileSettings):
     """Test"""
 
-    tta: Literal["none", "hflip"] = setting(
-        "none", "test-time augmentation: hflip = mean probability of each image and its horizontal flip"
-    )
+    tta: Literal["none", "hflip"] = setting("none", "test-time augmentation: hflip = mean of each image and its flip")
 
 
 @torch.inference_mode()

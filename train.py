@@ -16,17 +16,11 @@ import distributed
 from config import RunSettings
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
+from gan.networks import add_generated
 from model import print_summary
 from run import Run, epochs_of_run
 from script import load_settings, run_script
 from trainer import Trainer
-
-
-def draw_curves(out: Path) -> None:
-    if distributed.rank() == 0:
-        import plots  # here, because matplotlib takes half a second to import
-
-        plots.draw_curves(out / "history.jsonl", out / "plots" / "curves.png")
 
 
 def print_runs(lines: list[dict], name: str) -> None:
@@ -48,21 +42,18 @@ def main(arguments: list[str]) -> None:
     count = settings.folds or settings.runs  # models
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), count)
     print("settings:", settings)
-    if run.is_done(count):
-        print(f"{run.path}: this run ended with epoch {run.history[-1]['epoch']}; there is nothing to resume")
 
     splits = load_splits(settings, device, settings.folds, settings.runs)
-    with run:
+    with run.locked():
         for number, split in enumerate(splits, 1):
             if run.is_done(number):
                 continue
-            trainer = Trainer(settings, settings.seed + number - 1, *split, precision)
+            trainer = Trainer(settings, settings.seed + number - 1, add_generated(split, settings), precision)
             if number == 1:
                 print_summary(trainer.model)
             name = "" if count == 1 else f"{'fold' if settings.folds else 'run'} {number}/{count}: "
-            print(
-                f"{name}{len(split.train):,} training, {len(split.valid):,} validation images; {device} in {str(precision)[6:]}"
-            )
+            sizes = f"{len(split.train):,} training, {len(split.valid):,} validation images"
+            print(f"{name}{sizes}; {device} in {str(precision)[6:]}")
             for line in run.fit(trainer, number):
                 is_best = line is checkpoint.best_epoch(run.history)
                 print(
@@ -74,7 +65,10 @@ def main(arguments: list[str]) -> None:
             if (trained := len(epochs_of_run(run.history, number))) < settings.epochs:
                 print(f"early stopping after epoch {trained}: {settings.patience} epochs without a lower validation loss")
 
-    draw_curves(run.out)
+    if distributed.rank() == 0:
+        import plots  # here, because matplotlib takes half a second to import
+
+        plots.draw_curves(run.out / "history.jsonl", run.out / "plots" / "curves.png")
     if count > 1:
         bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, count + 1)]
         print_runs(bests, "fold" if settings.folds else "run")

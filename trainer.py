@@ -21,20 +21,19 @@ import distributed
 import interrupts
 from augmentation import augment
 from config import TrainSettings, UserError, parse_augment
-from data_preprocessing import CLASS_NAMES, class_names, mean_and_std, shuffle, task_labels
+from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
 from device import autocast, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
 from model import Classifier, build_model, load_imagenet_weights
 from optimizer import build_optimizer, learning_rate, set_lr
+from scenes import plain_count
 
 TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al. 2015, arXiv 1503.02531, section 2
 
 
 @torch.inference_mode()
-def infer(
-    model: Classifier, images: torch.Tensor, precision: torch.dtype = torch.float32, *, features: bool = False
-) -> torch.Tensor:
+def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, features: bool = False) -> torch.Tensor:
     """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)` on any device.
 
     A terminal sees a progress bar if it takes longer than a second.
@@ -143,48 +142,36 @@ class HardExampleSampler:
         self.losses.copy_(state["losses"])
 
 
-def split_batches(order: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """`order` in batches of equal size; a shorter rest is left out, unless it is all there is."""
-    full = len(order) // batch_size * batch_size or len(order)
-    return order[:full].split(batch_size)
+def epoch_batches(order: torch.Tensor, settings, epoch: int) -> tqdm:
+    """The indices `order` in batches of `settings.batch_size`, in the first process with a progress bar on a terminal. A
+    shorter rest is left out, unless it is all there is."""
+    full = len(order) // settings.batch_size * settings.batch_size or len(order)
+    is_hidden, name = True if distributed.rank() else None, f"epoch {epoch}/{settings.epochs}"
+    return tqdm(order[:full].split(settings.batch_size), name, disable=is_hidden, leave=False, unit=" batches")
 
 
 class Trainer:
     """One model in training: its data, model, optimizer and extras. Everything that changes is in its `state_dict`.
 
-    `images` uint8 `(N, 1, 28, 28)` and `fine_labels` int64 `(N,)` are on the device; `train` and `valid` are indices into
-    them. Raises UserError if processes or batch normalisation would get too small batches.
+    It trains on the split's device. Raises UserError if processes or batch normalisation would get too small batches.
     """
 
     kind, model_kind = "checkpoint", "best_model"
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        seed: int,
-        images: torch.Tensor,
-        fine_labels: torch.Tensor,
-        train: torch.Tensor,
-        valid: torch.Tensor,
-        precision: torch.dtype,
-    ):
-        self.settings, self.precision, self.device = settings, precision, images.device
-        mean, std = mean_and_std(images, train) if settings.scaling == "standard" else (0.5, 0.5)
-        if "gan" in parse_augment(settings.augment) and settings.gan_fraction:
-            from gan.networks import add_generated  # here, because most trainings need none
-
-            images, fine_labels, train = add_generated(images, fine_labels, train, settings, seed)
-        self.images, self.fine_labels, self.train = images, fine_labels, train
-        self.labels = task_labels(fine_labels, settings.output_dim)
+    def __init__(self, settings: TrainSettings, seed: int, split: Split, precision: torch.dtype):
+        self.settings, self.precision, self.device = settings, precision, split.images.device
+        self.images, self.fine_labels, self.train, valid, generated = split
+        images, train, real = self.images, self.train, self.train[: len(self.train) - generated]
+        mean, std = mean_and_std(images, real) if settings.scaling == "standard" else (0.5, 0.5)
+        self.labels = task_labels(self.fine_labels, settings.output_dim)
         self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
         fractions = [settings.first_epoch_fraction] + [settings.hard_fraction] * (settings.epochs - 1)
         self.counts = [max(1, int(len(train) * fraction)) for fraction in fractions]  # images, by epoch
         self.steps = [max(1, count // settings.batch_size) for count in self.counts]
         smallest = min(settings.batch_size, *self.counts)
         if smallest < distributed.world_size():
-            raise UserError(
-                f"{distributed.world_size()} processes can't share a batch of {smallest}; use a larger batch_size or limit"
-            )
+            count = distributed.world_size()
+            raise UserError(f"{count} processes can't share a batch of {smallest}; use a larger batch_size or limit")
 
         torch.manual_seed(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # of the order and the augmentation
@@ -198,6 +185,7 @@ class Trainer:
         move(self.model, self.device)
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.sampler = HardExampleSampler(train) if min(fractions) < 1 else None
+        self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
         self.criterion = Criterion(self.model, settings).to(self.device)
         self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
         if distributed.rank():
@@ -216,10 +204,11 @@ class Trainer:
         order = self.sampler.order(count, self.generator) if self.sampler else shuffle(self.train, self.generator)
         first_step, all_steps = sum(self.steps[: epoch - 1]), sum(self.steps)
         seen, loss_sum, correct_sum = 0, 0.0, 0.0
-        bar = progress_bar(split_batches(order, self.settings.batch_size), epoch, self.settings.epochs)
+        bar = epoch_batches(order, self.settings, epoch)
         for step, indices in enumerate(bar, first_step):
             # augmented before it is sharded, so that the random numbers are the same for any number of processes
-            images = distributed.shard(augment(self.images[indices], self.settings.augment, self.generator))
+            images = augment(self.images[indices], self.fine_labels[indices], self.settings.augment, self.generator)
+            images = distributed.shard(images)
             shard = distributed.shard(indices)
             with autocast(self.device, self.precision):
                 teacher_logits = self.teacher(images, shard) if self.teacher else None
@@ -235,7 +224,8 @@ class Trainer:
                 self.ema.update(self.model, step + 1)
             losses, correct = distributed.gather_rows(results, len(indices)).unbind(1)  # (B,) each
             if self.sampler:
-                self.sampler.record(indices, losses)
+                known = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
+                self.sampler.record(indices[:known], losses[:known])
             seen += len(indices)
             loss_sum += losses.sum().item()
             correct_sum += correct.sum().item()
@@ -313,8 +303,3 @@ class Trainer:
             if part:
                 part.load_state_dict(state[name])
         checkpoint.set_rng_state(state["rng"], self.generator)
-
-
-def progress_bar(batches: Sequence[torch.Tensor], epoch: int, epochs: int) -> tqdm:
-    """The batches with a progress bar on a terminal, of the first process."""
-    return tqdm(batches, f"epoch {epoch}/{epochs}", disable=True if distributed.rank() else None, leave=False, unit=" batches")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import TrainSettings, parse_augment, resolve
+from data_preprocessing import Split
 
 CLASSES = 10
 NOISE_DIM = 64
@@ -120,18 +121,19 @@ def load_generator(path: Path) -> tuple[Generator, dict]:
     return generator.eval(), contents["settings"]
 
 
-def add_generated(
-    images: torch.Tensor, fine_labels: torch.Tensor, train: torch.Tensor, settings: TrainSettings, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The training images, fine labels and training indices with generated images added, as many of each class.
+def add_generated(split: Split, settings: TrainSettings) -> Split:
+    """The split, with generated images among the training images, as many of each class, if `augment` has "gan".
 
     Raises UserError if the generator's file is missing or damaged, or if it was trained on this split's validation images.
     """
-    path = resolve(settings.generator)
+    noise_std = parse_augment(settings.augment).get("gan")
+    if noise_std is None or not settings.gan_fraction:
+        return split
+    path, device = resolve(settings.generator), split.images.device
     generator, generator_settings = load_generator(path)
-    checkpoint.check_same_split(path, generator_settings, seed, settings.valid_ratio)
-    count = max(1, round(len(train) * settings.gan_fraction / (1 - settings.gan_fraction)))
-    labels = torch.arange(count, device=images.device) % CLASSES
-    generated = draw(generator.to(images.device), labels, seed, parse_augment(settings.augment)["gan"])
-    train = torch.cat([train, torch.arange(count, device=images.device) + len(images)])
-    return torch.cat([images, generated]), torch.cat([fine_labels, labels]), train
+    checkpoint.check_same_split(path, generator_settings, settings.seed, settings.valid_ratio)
+    count = max(1, round(len(split.train) * settings.gan_fraction / (1 - settings.gan_fraction)))
+    labels = torch.arange(count, device=device) % CLASSES
+    images = torch.cat([split.images, draw(generator.to(device), labels, settings.seed, noise_std)])
+    train = torch.cat([split.train, torch.arange(len(split.images), len(images), device=device)])
+    return Split(images, torch.cat([split.fine_labels, labels]), train, split.valid, generated=count)

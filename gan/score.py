@@ -41,8 +41,8 @@ def accuracy_after_training(split: Split, settings: ScoreSettings) -> float:
     """Validation accuracy of a fresh LEARNER."""
     learner = load_settings([*LEARNER, f"seed={settings.seed}"], TrainSettings)
     device = choose_device(settings.device)
-    split = Split(*(tensor.to(device) for tensor in split))
-    trainer = Trainer(learner, learner.seed, *split, choose_precision(settings.precision, device))
+    images, labels, train, valid = (tensor.to(device) for tensor in split[:4])
+    trainer = Trainer(learner, learner.seed, Split(images, labels, train, valid), choose_precision(settings.precision, device))
     lines = [trainer.run_epoch(epoch, []) for epoch in range(1, learner.epochs + 1)]
     return lines[-1]["valid_accuracy"]
 

@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import interrupts
+import plots
 from config import OptimizationSettings, Settings, UserError, ValidRatio, setting
 from data_preprocessing import CLASS_NAMES, Split, load_splits, shuffle
 from device import autocast, choose_device, choose_precision, keep_freed_memory
-from gan.grids import animate_grids, draw_grid
-from gan.networks import CLASSES, NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
+from gan.networks import NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
 from model import count_parameters
 from optimizer import build_optimizer, learning_rate, set_lr
 from run import Run
 from script import load_settings, run_script
-from trainer import EMA, progress_bar, split_batches
+from trainer import EMA, epoch_batches
 
 GRID_COLUMNS = 10  # samples of each class in a picture
 DISCRIMINATOR_LR = 2  # times the generator's: two time scales, Heusel et al. 2017, arXiv 1706.08500
@@ -54,7 +54,7 @@ class GanTrainer:
 
     def __init__(self, settings: GanSettings, split: Split, precision: torch.dtype):
         self.settings, self.precision, self.device = settings, precision, split.images.device
-        self.images, self.labels, self.train, _ = split
+        self.images, self.labels, self.train, *_ = split
         torch.manual_seed(settings.seed)
         self.rng = torch.Generator(self.device).manual_seed(settings.seed)  # of the order and the noise
         self.generator, self.discriminator = Generator().to(self.device), Discriminator().to(self.device)
@@ -69,9 +69,9 @@ class GanTrainer:
         self.generator.train()
         self.discriminator.train()
         order = shuffle(self.train, self.rng)
-        batches = split_batches(order, self.settings.batch_size)
+        batches = epoch_batches(order, self.settings, epoch)
         totals = torch.zeros(2, dtype=torch.float64)
-        for number, indices in enumerate(progress_bar(batches, epoch, self.settings.epochs)):
+        for number, indices in enumerate(batches):
             step = (epoch - 1) * len(batches) + number
             lr = learning_rate(self.settings, step / (self.settings.epochs * len(batches)))
             real = self.images[indices].float() * (1 / 127.5) - 1  # -1..1
@@ -151,19 +151,19 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     split = load_splits(settings, device)[0]
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))
-    plots = run.out / "plots"
-    if run.is_done():
-        print(f"{run.path}: this run ended with epoch {len(run.history)}; there is nothing to resume")
-    with run:
+    folder = run.out / "plots"
+    titles = [name for name in CLASS_NAMES for _ in range(GRID_COLUMNS)]
+    with run.locked():
         trainer = GanTrainer(settings, split, precision)
         sizes = [f"{count_parameters(network):,}" for network in (trainer.generator, trainer.discriminator)]
         print(f"generator: {sizes[0]} parameters, discriminator: {sizes[1]}; {len(split.train):,} training images; {device}")
         for line in run.fit(trainer):
-            draw_grid(trainer.samples[-1].numpy(), CLASS_NAMES, f"epoch {line['epoch']}", plots / "samples.png")
+            grid, heading = trainer.samples[-1].numpy(), f"epoch {line['epoch']}"
+            plots.draw_sheet(grid, titles, GRID_COLUMNS, heading, folder / "samples.png")
             losses = f"discriminator loss {line['discriminator_loss']:.4f}, generator loss {line['generator_loss']:.4f}"
             print(f"epoch {line['epoch']:3d}  {losses}  {line['seconds']:.1f} s", flush=True)
-        animate_grids([grid.numpy() for grid in trainer.samples], CLASSES, plots / "training.gif")
-    print(f"wrote {run.model_path}, {plots / 'training.gif'}")
+        plots.animate_grids(trainer.samples, GRID_COLUMNS, folder / "training.gif")
+    print(f"wrote {run.model_path}, {folder / 'training.gif'}")
 
 
 if __name__ == "__main__":

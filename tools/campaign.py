@@ -166,11 +166,8 @@ def bits(folder: Path) -> Trials:
                 command = [sys.executable, *script, "limit=600", "epochs=2", "valid_ratio=0.02", f"out_dir={out}"]
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-                if recipe == "gan":
-                    parameters = checkpoint.load(out / "generator.pt", "generator")["model"]
-                    states.append([tensor.numpy().tobytes() for tensor in parameters.values()])
-                else:
-                    states.append(run_state(out))
+                state = checkpoint.load(out / "checkpoint.pt", "checkpoint", "gan_checkpoint")
+                states.append([tensor.numpy().tobytes() for tensor in (state["ema"] or state["model"]).values()])
             outcomes.append(states[0] == states[1])
         yield f"two processes, {threads} thread{'s' * (threads > 1)}, every recipe", outcomes
 
@@ -193,10 +190,8 @@ def environment(folder: Path) -> Trials:
     yield "PYTHONSAFEPATH", [is_done("p", train, PYTHONSAFEPATH="1")]
     names = ("a\xff", "\xc3\xa9", "50%41", "a?b", "a b", "x{y}", "#$1")
     yield "odd folder names: train.py", [is_done(name, train) for name in names]
-    yield (
-        "odd folder names: torchrun, ASCII locale",
-        [is_done(name, torchrun, LC_ALL="C", PYTHONUTF8="0") for name in names[:2]],
-    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    yield "odd folder names: torchrun, ASCII locale", [is_done(name, torchrun, **ascii_only) for name in names[:2]]
     yield "odd folder names: tools/tune.py", [is_done(f"{name} tune", tune) for name in names[1:]]
 
 

@@ -5,6 +5,7 @@ the text between the two marks in README.md, and draws plots/overfitting.png. Tr
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -75,12 +76,11 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not understood; results.py takes no settings")
     readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
+    rows, text = table(), readme.read_text(encoding="utf-8")
+    changed, found = re.subn(f"(?<={MARKS[0]}).*(?={MARKS[1]})", lambda _: rows, text, flags=re.DOTALL)
+    if not found:
         raise UserError(f"{readme}: lacks the line {MARKS[0].strip()} or {MARKS[1].strip()}; put them around the table")
-    rows = table()
-    write_atomically(readme, f"{before}{begin}{rows}{end}{after}".encode())
+    write_atomically(readme, changed.encode())
     print(rows, end="")
     paths = [ROOT / "runs" / name / "history.jsonl" for name in ("deep_cnn", "deep_cnn_dropout")]
     if all(path.exists() for path in paths):

@@ -1,24 +1,21 @@
 """Hyperparameter search: `python tools/tune.py recipe=NAME trials=N [key=value ...]`, any number of times at once.
 
 Each trial trains the recipe's model with settings drawn from SEARCH; trials that fall behind are pruned. What is given on the
-command line stays fixed. The trials are kept in `storage`, by default a file in out_dir: calling again continues, and several
-workers may share it, also from several machines if it is a database server's. The last one writes the best settings as a
-recipe, best.json, and plots/search.png. The lowest validation loss decides; the test images are not read.
+command line stays fixed. The trials are kept in out_dir/trials.log: calling again continues, and several workers may share the
+folder, also from several machines. The last one writes the best settings as a recipe, best.json, and plots/search.png. The
+lowest validation loss decides; the test images are not read.
 """
 
 import json
 import logging
 import math
-import os
-import platform
 import sys
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
-import sqlalchemy
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
@@ -27,70 +24,49 @@ import plots
 from config import RecipeSettings, TrainSettings, UserError, setting
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
+from gan.networks import add_generated
 from run import is_done
 from script import load_settings, run_script
 from trainer import Trainer
 
-SEARCH: dict[str, Any] = {  # choices, or the ends of a range, on a logarithmic scale if the lower one is above 0
-    "lr": (1e-4, 3e-2),
-    "batch_size": [64, 128, 256, 512],
-    "epochs": (5, 30),
-    "weight_decay": (1e-5, 1e-1),
-    "dropout": (0.0, 0.5),
-    "augment.hflip": [0.0, 0.5],
-    "augment.shift": (0, 3),
-    "augment.erase": (0.0, 0.5),
+SEARCH: dict[str, Callable] = {  # by setting: what a trial draws, under that name
+    "lr": lambda trial, name: trial.suggest_float(name, 1e-4, 3e-2, log=True),
+    "batch_size": lambda trial, name: trial.suggest_categorical(name, [64, 128, 256, 512]),
+    "epochs": lambda trial, name: trial.suggest_int(name, 5, 30),
+    "weight_decay": lambda trial, name: trial.suggest_float(name, 1e-5, 1e-1, log=True),
+    "dropout": lambda trial, name: trial.suggest_float(name, 0.0, 0.5),
+    "augment.hflip": lambda trial, name: trial.suggest_categorical(name, [0.0, 0.5]),
+    "augment.shift": lambda trial, name: trial.suggest_int(name, 0, 3),
+    "augment.erase": lambda trial, name: trial.suggest_float(name, 0.0, 0.5),
 }
 ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-HEARTBEAT = 20  # seconds; a worker that is silent for three of them is taken for dead, and its trial is tried again
 
 
 class TuneSettings(TrainSettings):
     """Search"""
 
     trials: int = setting(50, "trials in total, of all workers and calls", ge=1)
-    storage: str = setting("", "database URL of the trials; empty = the SQLite file out_dir/tune.db")
 
 
 def draw(trial: optuna.Trial, fixed: set[str]) -> dict[str, object]:
     """Settings from SEARCH, except those that are fixed."""
-    settings: dict[str, object] = {}
-    for name, space in SEARCH.items():
-        if name.partition(".")[0] in fixed:
-            continue
-        if isinstance(space, list):
-            settings[name] = trial.suggest_categorical(name, space)
-        elif isinstance(space[0], int):
-            settings[name] = trial.suggest_int(name, *space)
-        else:
-            settings[name] = trial.suggest_float(name, *space, log=space[0] > 0)
+    free = {name: suggest for name, suggest in SEARCH.items() if name.partition(".")[0] not in fixed}
+    settings = {name: suggest(trial, name) for name, suggest in free.items()}
     strengths = {name.removeprefix("augment."): settings.pop(name) for name in list(settings) if name.startswith("augment.")}
     if strengths:
         settings["augment"] = ",".join(f"{name}:{strength:.3g}" for name, strength in strengths.items() if strength)
     return settings
 
 
-def sqlite_url(path: Path) -> str:
-    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-    return url.replace("{", "{{").replace("}", "}}")  # Optuna takes the URL for a format string
-
-
-def open_study(url: str, name: str, attempts: int = 3) -> optuna.Study:
-    """The trials at `url`, new or old. Raises UserError if that is no database that can be reached."""
+def open_study(path: Path, name: str) -> optuna.Study:
+    """The trials in the file at `path`, new or old. Raises UserError if it has something else."""
     optuna.logging.set_verbosity(logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
     try:
-        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-        storage = optuna.storages.RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, heartbeat_stale_trial_callback=retry
-        )
+        storage = JournalStorage(JournalFileBackend(str(path)))
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
         return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, pruner=pruner)
-    except Exception as error:  # whatever a database's driver raises
-        if attempts > 1 and isinstance(error, sqlalchemy.exc.DBAPIError):
-            time.sleep(1)  # of workers that start at once, one makes the tables, and the others fail
-            return open_study(url, name, attempts - 1)
-        raise UserError(f"storage={url}: can't be opened ({' '.join(str(error).split())[:150]}); check the URL") from None
+    except (OSError, TypeError, ValueError, KeyError) as error:  # a foreign file is no JSON, or lacks the journal's keys
+        raise UserError(f"{path}: is no file of trials that can be opened ({error}); choose another out_dir") from None
 
 
 def report(study: optuna.Study, words: list[str], out: Path) -> None:
@@ -115,7 +91,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TuneSettings)
     print("settings:", settings)
     out = settings.out_path if settings.out_dir else settings.out_path / "tune"
-    words = [word for word in arguments if word.partition("=")[0] not in ("trials", "storage", "out_dir")]
+    words = [word for word in arguments if word.partition("=")[0] not in ("trials", "out_dir")]
     fixed = {word.partition("=")[0] for word in words}
     # the words that all workers of these trials must share
     shared = sorted(word for word in words if word.partition("=")[0] not in ("data_dir", "device"))
@@ -128,9 +104,9 @@ def main(arguments: list[str]) -> None:
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + trial.number, constant_liar=True)
         drawn = draw(trial, fixed)
         trial.set_user_attr("settings", json.dumps(drawn))
-        trial.set_user_attr("worker", f"{platform.node()} {os.getpid()}")
         trial_settings = load_settings([*words, *(f"{name}={value}" for name, value in drawn.items())], TrainSettings)
-        trainer = Trainer(trial_settings, trial_settings.seed, *split, choose_precision(trial_settings.precision, device))
+        precision = choose_precision(trial_settings.precision, device)
+        trainer = Trainer(trial_settings, trial_settings.seed, add_generated(split, trial_settings), precision)
         epochs: list[dict] = []
         while not is_done(epochs, trial_settings.epochs, trial_settings.patience):
             try:
@@ -152,18 +128,18 @@ def main(arguments: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: can't be made ({error.strerror}); choose another out_dir") from None
-    url = settings.storage or sqlite_url(out / "tune.db")
-    study = open_study(url, settings.recipe or "task 1")
+    path = out / "trials.log"
+    study = open_study(path, settings.recipe or "task 1")
     known = study.user_attrs.get("words", shared)
     if known != shared and any(trial.state.name != "FAIL" for trial in study.get_trials(deepcopy=False)):
-        raise UserError(f"{url}: has trials made with {' '.join(known)}; use the same, or another out_dir or storage")
+        raise UserError(f"{path}: has trials made with {' '.join(known)}; use the same, or another out_dir")
     study.set_user_attr("words", shared)
     if len(study.get_trials(states=ENDED)) < settings.trials:
         try:
             callbacks: list = [print_trial, optuna.study.MaxTrialsCallback(settings.trials, states=ENDED)]
             study.optimize(objective, callbacks=callbacks)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; the trials that have ended are in {url}, and the same command continues")
+            print(f"\ninterrupted; the trials that have ended are in {path}, and the same command continues")
             raise
     report(study, words, out)
 

@@ -3,14 +3,13 @@
 import pytest
 
 from config import UserError
-from script import load_settings
 from tools import bench
 
 
 def test_feed_compares_training_with_a_ready_batch(monkeypatch, capsys):
     monkeypatch.setattr(bench, "FEED_STEPS", 2)
-    bench.feed(load_settings(["recipe=fast", "repeats=2", "valid_ratio=0.01"], bench.BenchSettings))
-    lines = capsys.readouterr().out.splitlines()
+    bench.main(["part=feed", "recipe=fast", "repeats=2", "valid_ratio=0.01"])
+    lines = capsys.readouterr().out.splitlines()[2:]  # after a row per repeat
     assert [line.split(":")[0] for line in lines] == ["training", "one batch that is ready", "ratio"]
     assert all("median" in line and line.endswith("(n=2)") for line in lines)
 

@@ -133,7 +133,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(architecture="vgg"), "architecture=vgg"),
+        (lambda c: c.update(architecture="vgg"), "names no model"),
         (lambda c: c.update(activation="swish"), "names no model"),
         (lambda c: c.update(output_dim=10), "don't fit"),
         (lambda c: c.update(model=3), "don't fit"),

@@ -19,7 +19,7 @@ import checkpoint
 import distributed
 import train
 from config import ROOT, RunSettings, TrainSettings, UserError
-from data_preprocessing import load_splits
+from data_preprocessing import Split, load_splits
 from run import Run
 from script import load_settings
 from trainer import Trainer
@@ -55,7 +55,7 @@ def losses_in_double(words: str) -> list[list[float]]:
     settings = load_settings(words.split(), TrainSettings)
     with in_double():
         split = load_splits(settings, distributed.init(torch.device("cpu")))[0]
-        trainer, lines = Trainer(settings, settings.seed, *split, torch.float32), []
+        trainer, lines = Trainer(settings, settings.seed, split, torch.float32), []
         for epoch in range(1, settings.epochs + 1):
             lines.append(trainer.run_epoch(epoch, lines))
     return [[line["train_loss"], line["valid_loss"]] for line in lines]
@@ -101,7 +101,7 @@ def test_processes_have_random_numbers_of_their_own(two_processes):
 def test_a_batch_of_fewer_images_than_processes_is_refused(train_data, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="2 processes can't share a batch of 1;"):
-        Trainer(TrainSettings(batch_size=1), 0, *train_data, torch.arange(10), torch.arange(10), torch.float32)
+        Trainer(TrainSettings(batch_size=1), 0, Split(*train_data, torch.arange(10), torch.arange(10)), torch.float32)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Photographs become Fashion-MNIST images; bad ones are refused in one line."""
 
+import csv
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import face_left, open_image, to_fashion_mnist
+from photo import GRABCUT, WHOLE, classify, face_left, open_image, prepare, select_views, to_fashion_mnist
 from trainer import infer
 
 
@@ -42,7 +43,7 @@ def photograph(ground="white", ink="black", size=(400, 300)):
     ],
 )
 def test_an_object_fills_the_frame_bright_on_exactly_black(ground, ink):
-    view = to_fashion_mnist(photograph(ground, ink), "photo")
+    view = to_fashion_mnist(photograph(ground, ink))
     rows, columns = np.flatnonzero((view > 60).any(1)), np.flatnonzero((view > 60).any(0))
     assert view.shape == (28, 28) and view.dtype == np.uint8
     assert (columns[0], columns[-1]) == (0, 27)  # twice as wide as high: 28 x 14, centred
@@ -53,7 +54,7 @@ def test_an_object_fills_the_frame_bright_on_exactly_black(ground, ink):
 def test_a_noisy_and_unevenly_lit_background_is_still_trimmed():
     shade = np.linspace(185, 235, 400)[None, :, None] + np.random.default_rng(0).normal(0, 5, (300, 400, 3))
     pixels = np.where(np.asarray(photograph()) == 0, 40, shade).clip(0, 255).astype(np.uint8)
-    view = to_fashion_mnist(Image.fromarray(pixels), "photo")
+    view = to_fashion_mnist(Image.fromarray(pixels))
     assert (view > 100).any(0).sum() >= 26 and view[:5].max() < 40
 
 
@@ -72,7 +73,7 @@ def test_a_fashion_mnist_image_is_unchanged(train_data, tmp_path):
     for number in (0, 646, 746):
         pixels = train_data[0][number, 0].numpy()
         Image.fromarray(pixels).save(tmp_path / "image.png")
-        assert (to_fashion_mnist(open_image(tmp_path / "image.png"), "image") == pixels).all()
+        assert (to_fashion_mnist(open_image(tmp_path / "image.png")) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -81,20 +82,20 @@ def test_a_fashion_mnist_image_is_unchanged(train_data, tmp_path):
 def test_every_colour_mode_gives_nearly_the_same_view(mode, suffix, tmp_path):
     path = tmp_path / f"photo.{suffix}"
     photograph().convert(mode).save(path)
-    view, expected = (to_fashion_mnist(image, "photo").astype(int) for image in (open_image(path), photograph()))
+    view, expected = (to_fashion_mnist(image).astype(int) for image in (open_image(path), photograph()))
     assert np.abs(view - expected).mean() < 3
 
 
 def test_16_bits_per_pixel_are_read(tmp_path):
     Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert (to_fashion_mnist(open_image(tmp_path / "deep.png"), "deep") == to_fashion_mnist(photograph(), "")).all()
+    assert (to_fashion_mnist(open_image(tmp_path / "deep.png")) == to_fashion_mnist(photograph())).all()
 
 
 def test_a_transparent_background_is_white(tmp_path):
     image = photograph().convert("RGBA")
     image.putalpha(Image.fromarray(np.where(np.asarray(photograph().convert("L")) == 0, 255, 0).astype(np.uint8)))
     image.save(tmp_path / "cut.png")
-    assert (to_fashion_mnist(open_image(tmp_path / "cut.png"), "cut") == to_fashion_mnist(photograph(), "")).all()
+    assert (to_fashion_mnist(open_image(tmp_path / "cut.png")) == to_fashion_mnist(photograph())).all()
 
 
 def test_an_animation_is_its_first_frame(tmp_path):
@@ -128,7 +129,7 @@ def test_a_large_image_is_reduced_before_it_is_copied(mode, tmp_path):
         (lambda path: (photograph().save(path), path.write_bytes(path.read_bytes()[:300])), "no readable image"),
         (lambda path: Image.new("1", (20_000, 20_000)).save(path), "too many"),
         (lambda path: None, "no such file"),
-        (lambda path: path.mkdir(), "no readable image"),
+        (lambda path: path.mkdir(), "has no file"),
     ],
     ids=["1x1", "foreign", "empty", "truncated", "enormous", "missing", "folder"],
 )
@@ -142,19 +143,106 @@ def test_a_bad_image_is_refused_by_name(write, message, out, tmp_path):
 @pytest.mark.parametrize(
     "ground, ink, size", [("white", "white", (400, 300)), ("black", "black", (28, 28)), ("#00aa00", "#ff2020", (400, 300))]
 )
-def test_an_image_in_which_nothing_stands_out_is_refused(ground, ink, size):
-    with pytest.raises(UserError, match="photo: nothing stands out"):
-        to_fashion_mnist(photograph(ground, ink, size), "photo")
+def test_where_nothing_stands_out_there_is_no_cut_out_but_a_warning(ground, ink, size):
+    image = photograph(ground, ink, size)
+    assert to_fashion_mnist(image) is None and "nothing stands out" in prepare(image)[1]
 
 
-def test_predict_draws_files_in_one_picture(out, tmp_path, capsys):
-    names = ["a shoe.png", "-dash.png", "schön.png"]
-    for name in names:
-        photograph().save(tmp_path / name)
-    predict.main([f"out_dir={out}", *(str(tmp_path / name) for name in names)])
-    printed = capsys.readouterr().out
-    assert all(f"{name}: predicted" in printed for name in names)
+def busy(seed=0):
+    """A dark shoe on a ground of coarse light blotches."""
+    ground = np.random.default_rng(seed).integers(120, 256, (15, 20, 3)).astype(np.uint8)
+    ground = np.asarray(Image.fromarray(ground).resize((400, 300), Image.Resampling.NEAREST))
+    return Image.fromarray(np.where(np.asarray(photograph()) == 0, np.uint8(20), ground))
+
+
+def test_grabcut_finds_the_object_on_a_busy_ground():
+    view = prepare(busy())[0][GRABCUT]
+    rows, columns = np.flatnonzero((view > 150).any(1)), np.flatnonzero((view > 150).any(0))
+    assert columns[-1] - columns[0] >= 26 and rows[-1] - rows[0] <= 16
+    assert (view[:4] == 0).all() and (view[24:] == 0).all()
+
+
+def test_the_whole_photograph_is_seen_in_its_own_grey_values():
+    view = prepare(photograph("#b0b0b0", "#303030"))[0][WHOLE]
+    assert view[0, 0] == 0xB0 and view.min() == 0x30  # a wide one is extended by its border's grey
+
+
+def two_objects():
+    image = photograph()
+    image.paste("black", (20, 20, 120, 90))
+    return image
+
+
+@pytest.mark.parametrize(
+    "make, warning",
+    [(photograph, ""), (busy, "background is busy"), (two_objects, "two objects")],
+)
+def test_a_photograph_that_may_be_misread_has_a_warning(make, warning):
+    assert (warning in prepare(make())[1]) and bool(prepare(make())[1]) == bool(warning)
+
+
+def test_a_model_without_scenes_does_not_see_the_whole_photograph(out):
+    views = torch.stack([torch.from_numpy(np.stack(prepare(photograph())[0]))])
+    changed = views.clone()
+    changed[:, WHOLE] = 0
+    model = load_model(out / "best_model.pt")
+    assert select_views(model, views).equal(select_views(model, changed))
+    model.metadata["settings"] = {"augment": "scene:0.5"}
+    assert select_views(model, views).equal(views)
+
+
+def test_a_photographs_probability_is_the_mean_over_its_views(out):
+    model, views = load_model(out / "best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
+    expected = infer(model, views.unsqueeze(1)).softmax(1).mean(0, keepdim=True)
+    assert torch.allclose(classify(model, views.unsqueeze(0)), expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three photographs, one of them in a folder of its own, and a file that is none."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("a shoe.png", "-dash.png", "more/schön.png"):
+        photograph().save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_predicted_past_a_file_that_is_no_image(folder, out, capsys):
+    predict.main([f"out_dir={out}", str(folder)])
+    printed = capsys.readouterr()
+    assert all(f"{name}: predicted" in printed.out for name in ("a shoe.png", "-dash.png", "schön.png"))
+    assert printed.err.startswith(f"{folder / 'notes.txt'}: is no readable image")
     assert (out / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pattern_names_files(folder, out, capsys):
+    predict.main([f"out_dir={out}", f"{folder}/*.png"])
+    assert capsys.readouterr().out.count(": predicted") == 2
+
+
+def test_files_none_of_which_can_be_read_are_an_error(folder, out):
+    with pytest.raises(UserError, match="none of the 2 files"):
+        predict.main([f"out_dir={out}", str(folder / "notes.txt"), str(folder / "missing.png")])
+
+
+def test_predictions_are_listed_in_a_table(folder, out):
+    predict.main([f"out_dir={out}", str(folder)])
+    rows = list(csv.DictReader((out / "predictions.csv").open(newline="")))
+    assert list(rows[0]) == ["file", "class", "probability", "runner_up", "warning"] and len(rows) == 3
+    assert all({row["class"], row["runner_up"]} == {"clothes", "shoe"} and float(row["probability"]) >= 0.5 for row in rows)
+
+
+def test_more_files_than_a_picture_holds_take_several(folder, out, monkeypatch):
+    monkeypatch.setattr(predict.plots, "MAX_PREDICTIONS", 2)
+    predict.main([f"out_dir={out}", str(folder)])
+    assert (out / "plots" / "prediction_2.png").exists()
+
+
+def test_without_a_recipe_two_models_answer(folder, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "predict_photographs", lambda models, *_: print([m.metadata["output_dim"] for m in models]))
+    predict.main([str(folder)])
+    predict.main(["recipe=tiny_best", str(folder)])
+    assert capsys.readouterr().out.split("\n")[:2] == ["[2, 10]", "[10]"]
 
 
 @pytest.fixture

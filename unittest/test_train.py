@@ -516,7 +516,7 @@ def test_soft_targets_of_other_images_or_not_finite_are_refused(log_probabilitie
 
 
 def test_soft_targets_are_refused_for_generated_images(targets, uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr("gan.networks.add_generated", lambda images, fine_labels, train, *_: (images, fine_labels, train))
+    monkeypatch.setattr("train.add_generated", lambda split, _: split)
     with pytest.raises(UserError, match="has no targets for generated images"):
         run(tmp_path, f"teacher={uninterrupted[1] / 'soft_targets.pt'}", "augment=gan")
 

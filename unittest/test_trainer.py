@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from config import TrainSettings, UserError
-from data_preprocessing import shuffle
+from data_preprocessing import Split, shuffle
 from model import build_model
-from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, split_batches
+from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, epoch_batches
 
 
 def seeded(seed=0):
@@ -25,7 +25,7 @@ def test_shuffling_permutes():
 
 @pytest.mark.parametrize(("count", "sizes"), [(25, [10, 10]), (20, [10, 10]), (7, [7])])
 def test_batches_have_equal_sizes_and_a_short_set_is_one_batch(count, sizes):
-    assert [len(batch) for batch in split_batches(torch.arange(count), 10)] == sizes
+    assert [len(batch) for batch in epoch_batches(torch.arange(count), TrainSettings(batch_size=10), 1)] == sizes
 
 
 # ---- HardExampleSampler ----------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def build_trainer(data, *, precision=torch.float32, **settings):
     """A trainer of two classes on the images with even numbers below 256; the others validate."""
     defaults = {"output_dim": 2, "batch_size": 64, "epochs": 8}
     train, valid = torch.arange(0, 256, 2), torch.arange(1, 256, 2)
-    return Trainer(TrainSettings(**defaults | settings), 0, *data, train, valid, precision)
+    return Trainer(TrainSettings(**defaults | settings), 0, Split(*data, train, valid), precision)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

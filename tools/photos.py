@@ -1,0 +1,86 @@
+"""Accuracy on labelled photographs: `python tools/bench.py part=photos photos=FOLDER`, with photographs in FOLDER/CLASS/.
+
+CLASS is one of Fashion-MNIST's, in any writing ("ankle_boot"), or one of the CC0 data set clothing-dataset-small, of which
+`shoes` are right as any shoe and `shorts` and `skirt` count for clothes or shoe only. An index.json in FOLDER or above it, with
+`file` and `background` of each photograph, adds a column for each background. An unreadable photograph counts as wrong.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import plots
+from config import ROOT, UserError, resolve
+from data_preprocessing import CLASS_NAMES, SHOES
+from model import load_model
+from photo import classify, select_views
+from predict import read_all
+
+ALIASES = {"pants": "trouser", "longsleeve": "pullover", "outwear": "coat", "t-shirt": "t-shirt/top"}
+CLOTHES_ONLY = ("shorts", "skirt")
+SURE = 0.9  # a probability from which on an answer is called sure
+
+
+def accepted_labels(folder: str) -> set[int]:
+    """The fine labels that are right for photographs in this folder; none if the data set has no such class."""
+    name = folder.lower().replace("_", " ")
+    names = [each.lower() for each in CLASS_NAMES]
+    if name == "shoes":
+        return set(SHOES)
+    return {names.index(ALIASES.get(name, name))} if ALIASES.get(name, name) in names else set()
+
+
+def read_backgrounds(folder: Path) -> dict[Path, str]:
+    for place in (folder, folder.parent):
+        if (place / "index.json").exists():
+            groups = json.loads((place / "index.json").read_text()).values()
+            return {place / entry["file"]: entry["background"] for group in groups for entry in group}
+    return {}
+
+
+def print_table(name: str, is_right: np.ndarray, confidence: np.ndarray, groups: dict[str, np.ndarray], refused: int) -> None:
+    """A row of accuracies by group, refused ones counted as wrong in "all", and what sure answers are worth."""
+    is_sure = confidence >= SURE
+    cells = [
+        f"{group} {is_right[members].mean():.1%} (n={members.sum()})" for group, members in groups.items() if members.any()
+    ]
+    print(f"{name}: all {is_right.sum() / (len(is_right) + refused):.1%} (n={len(is_right) + refused}), {', '.join(cells)}")
+    sure_right = is_right[is_sure].mean() if is_sure.any() else float("nan")
+    sure_wrong = (is_sure & ~is_right).sum() / max(1, (~is_right).sum())
+    print(f"  probability >= {SURE}: {is_sure.mean():.1%} of them, {sure_right:.1%} right; {sure_wrong:.1%} of all mistakes")
+    print(f"  mean probability {confidence.mean():.1%}, accuracy {is_right.mean():.1%}")
+
+
+def measure(recipe: str, folder: str) -> None:
+    """Print the tables and draw the most confident mistakes in plots/photos.png. Raises UserError if there is no photograph."""
+    root = resolve(folder)
+    names = [path.name for path in sorted(root.glob("*")) if accepted_labels(path.name) or path.name in CLOTHES_ONLY]
+    paths = [path for name in names for path in sorted((root / name).iterdir())]
+    if not paths:
+        raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
+    files, photographs = read_all(paths)
+    views = torch.stack([photograph.views for photograph in photographs])
+    refused, backgrounds = len(paths) - len(files), read_backgrounds(root)
+    ground = np.array([backgrounds.get(path, "") for path in files])
+    groups = {name: ground == name for name in ("plain", "busy", "worn")}
+    is_warned = np.array([bool(photograph.warning) for photograph in photographs])
+    groups |= {"without a warning": ~is_warned, "with a warning": is_warned}
+    accepted = [accepted_labels(path.parent.name) for path in files]
+
+    task_1, ten = load_model(ROOT / "best_model.pt"), load_model(ROOT / "runs" / recipe / "best_model.pt")
+    p_shoe = classify(task_1, select_views(task_1, views))[:, 1].numpy()
+    is_right = (p_shoe > 0.5) == [labels <= set(SHOES) and bool(labels) for labels in accepted]
+    print_table("Task 1, clothes or shoe", is_right, np.maximum(p_shoe, 1 - p_shoe), groups, refused)
+    probability, predicted = classify(ten, select_views(ten, views)).max(1)
+    counts = np.array([bool(labels) for labels in accepted])
+    is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
+    groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}
+    groups = {name: members[counts] for name, members in groups.items()}
+    print_table(f"{recipe}, ten classes", is_right[counts], probability[counts].numpy(), groups, refused)
+    mistakes = sorted(np.flatnonzero(counts & ~is_right), key=lambda i: -probability[i])[:60]
+    squares = [np.asarray(Image.fromarray(photographs[i].picture).resize((112, 112))) for i in mistakes]
+    titles = [f"{files[i].parent.name}, predicted\n{CLASS_NAMES[predicted[i]]} {probability[i]:.0%}" for i in mistakes]
+    plots.draw_sheet(np.array(squares), titles, 10, "The most confident mistakes", ROOT / "plots" / "photos.png")
