@@ -10,7 +10,7 @@ import torch
 
 from config import ROOT, UserError
 from data_preprocessing import load_images
-from photo import face_left, printable, read_photographs
+from photo import CUT_OUT, face_left, printable, read_photograph
 
 
 class Part(NamedTuple):
@@ -58,13 +58,13 @@ def read_part(folder: Path) -> Part | None:
     for label, stems in zip(classes, names):
         for path in sorted(label.iterdir()):  # one at a time: a phone's photograph is large
             try:
-                views.append(read_photographs([path])[1])  # (1, 28, 28)
+                views.append(read_photograph(path).views[CUT_OUT])  # (28, 28)
                 stems.append(path.stem)
             except UserError as error:
                 print(" ".join(str(error).split()), file=sys.stderr)
         if not stems:
             raise UserError(f"{label}: has no image that can be read; put some there, or remove the folder")
-    return make_part([path.name for path in classes], names, face_left(torch.cat(views)).unsqueeze(1))
+    return make_part([path.name for path in classes], names, face_left(torch.stack(views)).unsqueeze(1))
 
 
 def read_parts(folder: Path, names: tuple[str, ...]) -> dict[str, Part]:
