@@ -1,6 +1,6 @@
 """Few-shot learners of the last layer, for many episodes at once.
 
-Shapes: E episodes, C classes, K support images of each, N images, U unlabelled ones, D features (1,568).
+Shapes: E episodes, C classes, K support images of each, N images, V views of each, U unlabelled ones, D features.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import nn
 from augmentation import uniform, warp
 from optimizer import FusedOptimizer
 
-Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
+Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, V, 28, 28) -> float32 features (N, D)
 
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
@@ -38,7 +38,7 @@ PHOTOGRAPHS = Source(stretch=0.2, tilt=8, size=0.2, hflip=0.5, rounds=0, sharpne
 
 
 def distort(images: torch.Tensor, source: Source, generator: torch.Generator) -> torch.Tensor:
-    """Each uint8 image `(N, 1, 28, 28)` stretched upwards, shifted, gamma-corrected, tilted, resized and flipped at random."""
+    """Each uint8 image `(N, V, 28, 28)` stretched upwards, shifted, gamma-corrected, tilted, resized and flipped at random."""
     count = len(images)
     height = uniform(count, 1 - source.stretch, 1 + source.stretch, generator)
     right, down = (uniform(count, -SHIFT, SHIFT, generator) / 14 for _ in range(2))  # an image is 2 wide: 14 pixels are 1

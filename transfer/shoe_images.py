@@ -10,7 +10,7 @@ import torch
 
 from config import ROOT, UserError
 from data_preprocessing import load_images
-from photo import CUT_OUT, face_left, printable, read_photograph
+from photo import WHOLE, face_left, printable, read_photograph
 
 
 class Part(NamedTuple):
@@ -19,7 +19,7 @@ class Part(NamedTuple):
     classes: tuple[str, ...]
     counts: tuple[int, ...]
     names: list[str]
-    images: torch.Tensor  # uint8 (N, 1, 28, 28)
+    images: torch.Tensor  # uint8 (N, V, 28, 28): V views of each
     labels: torch.Tensor  # int64 (N,)
 
 
@@ -58,13 +58,13 @@ def read_part(folder: Path) -> Part | None:
     for label, stems in zip(classes, names):
         for path in sorted(label.iterdir()):  # one at a time: a phone's photograph is large
             try:
-                views.append(read_photograph(path).views[CUT_OUT])  # (28, 28)
+                views.append(read_photograph(path).views[:WHOLE])  # (2, 28, 28): cut out in two ways
                 stems.append(path.stem)
             except UserError as error:
                 print(" ".join(str(error).split()), file=sys.stderr)
         if not stems:
             raise UserError(f"{label}: has no image that can be read; put some there, or remove the folder")
-    return make_part([path.name for path in classes], names, face_left(torch.stack(views)).unsqueeze(1))
+    return make_part([path.name for path in classes], names, face_left(torch.cat(views)).unflatten(0, (-1, WHOLE)))
 
 
 def read_parts(folder: Path, names: tuple[str, ...]) -> dict[str, Part]:

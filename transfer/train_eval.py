@@ -47,14 +47,19 @@ class TransferSettings(Settings):
     checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
 
 
+def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+    """Features `(N, D)` of images, uint8 `(N, V, 28, 28)`: the mean over their views."""
+    return infer(model, images.flatten(0, 1).unsqueeze(1), features=True).unflatten(0, images.shape[:2]).mean(1)
+
+
 def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
     """Training images to use without labels, uint8 `(U, 1, 28, 28)`: of the class that the supports come from, or of all."""
     images, labels = load_images("train", settings.data_path)
     order = shuffle(torch.arange(len(labels)), torch.Generator().manual_seed(settings.seed))
     by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(CLASS_NAMES))]
     mixed = images[torch.cat([members[: UNLABELLED // len(by_class)] for members in by_class])]
-    examples = infer(model, mixed, features=True).unflatten(0, (len(by_class), -1))
-    label = similar_class(infer(model, supports, features=True), examples)
+    examples = extract(model, mixed).unflatten(0, (len(by_class), -1))
+    label = similar_class(extract(model, supports), examples)
     print("unlabelled images:", "of all classes, which the supports do not resemble" if label is None else CLASS_NAMES[label])
     return (mixed, PHOTOGRAPHS) if label is None else (images[by_class[label]], DATA_SET)
 
@@ -68,13 +73,13 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
     first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
-    trained_features, untrained_features = partial(infer, model, features=True), partial(infer, untrained, features=True)
+    trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
     return {
         OURS: FisherLearner(trained_features, *common),
         REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
         UNTRAINED: FisherLearner(untrained_features, *common),
-        PIXELS: FisherLearner(lambda images: images.flatten(1).float() / 255, *common),
+        PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
     }
 
 
@@ -113,7 +118,7 @@ class Episodes:
             raise UserError(f"shots={self.shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
         self.kept, self.drawn, self.pool = self.parts[kept], self.parts[drawn], self.parts[pool]
         queries = [pool] if choosing else ["test", "extended"] if self.is_random and "extended" in self.parts else ["test"]
-        self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, 1, 28, 28)
+        self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, V, 28, 28)
         self.labels = torch.cat([self.parts[name].labels for name in queries])
         self.excludes_supports = choosing  # from the queries
         self.tested = len(self.labels) - (len(self.classes) * self.shots if choosing else 0)  # queries of an episode
@@ -169,7 +174,7 @@ def save_model(model: Classifier, layer: dict, before: dict, classes: tuple[str,
 def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, rows: dict, folder: Path) -> None:
     """Print and draw the predictions for the test images; draw the supports, and, of random episodes, accuracy by shots."""
     test = episodes.parts["test"]
-    confidence, predicted = infer(model, test.images).softmax(1).max(1)
+    confidence, predicted = model.classifier(extract(model, test.images)).softmax(1).max(1)
     titles = []
     for name, label, probability in zip(test.names, predicted.tolist(), confidence.tolist()):
         titles.append(f"{name}\npredicted {test.classes[label]}, {probability:.1%}")
@@ -177,14 +182,14 @@ def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, ro
     is_right = (predicted == test.labels).tolist()
     colours = [plots.GREEN if right else plots.RED for right in is_right]
     heading = f"{sum(is_right)} of {len(is_right)} test images right"
-    plots.draw_sheet(test.images.squeeze(1).numpy(), titles, 5, heading, folder / "predictions.png", colours)
+    plots.draw_sheet(test.images[:, 0].numpy(), titles, 5, heading, folder / "predictions.png", colours)
     images, names = episodes.kept.images[picks.flatten()], [episodes.kept.names[index] for index in picks.flatten()]
-    plots.draw_sheet(images.squeeze(1).numpy(), names, episodes.shots, "The support images", folder / "support.png")
+    plots.draw_sheet(images[:, 0].numpy(), names, episodes.shots, "The support images", folder / "support.png")
     if episodes.is_random:
         heading = f"{episodes.count} episodes, {len(episodes.labels)} test images"
         plots.draw_accuracy_by_count(rows, "support images per class", heading, folder / "accuracy_by_shots.png")
         heading = f"The images that episodes draw from: {len(episodes.pool.names)}"
-        plots.draw_sheet(episodes.pool.images.squeeze(1).numpy(), episodes.pool.names, 13, heading, folder / "pool.png")
+        plots.draw_sheet(episodes.pool.images[:, 0].numpy(), episodes.pool.names, 13, heading, folder / "pool.png")
 
 
 def main(arguments: list[str]) -> None:
