@@ -1,9 +1,10 @@
 """Few-shot learners of the last layer, for many episodes at once.
 
-Shapes: E episodes, C classes, K support images of each, N images, U unlabelled ones, D features (1,568).
+Shapes: E episodes, C classes, K support images of each, N images, V views of each, U unlabelled ones, D features.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,67 +13,98 @@ from torch import nn
 from augmentation import uniform, warp
 from optimizer import FusedOptimizer
 
-Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, 1, 28, 28) -> float32 features (N, D)
+Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, V, 28, 28) -> float32 features (N, D)
 
-STRETCH = 0.4  # of the height, either way, with the sole in place: a shaft may be high or low
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
-VIEWS = 8  # distorted copies of each support image
-SHARPNESS = 300.0  # logit of a discriminant of 1: calibrated on the pool
+VIEWS = 32  # distorted copies of each support image
+SHRINKAGE = 0.001  # of the directions in which distortions move the features
+RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.3, photographs from elsewhere at 1.0 to 2.4
 
 
-def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each uint8 image `(N, 1, 28, 28)` stretched upwards, shifted and gamma-corrected at random."""
+class Source(NamedTuple):
+    """How images of one source vary within a class, what unlabelled images tell about them, and how sure one can be."""
+
+    stretch: float  # of the height, either way, with the sole in place: a shaft may be high or low
+    tilt: float  # degrees, either way
+    size: float  # natural logarithm, either way
+    hflip: float  # probability
+    rounds: int  # of soft k-means over the unlabelled images
+    sharpness: float  # logit of a discriminant of 1, by which probabilities can be believed
+
+
+DATA_SET = Source(stretch=0.4, tilt=0, size=0, hflip=0, rounds=3, sharpness=300)  # chosen on the pool
+PHOTOGRAPHS = Source(stretch=0.2, tilt=8, size=0.2, hflip=0.5, rounds=0, sharpness=75)  # chosen on photographs of all kinds
+
+
+def distort(images: torch.Tensor, source: Source, generator: torch.Generator) -> torch.Tensor:
+    """Each uint8 image `(N, V, 28, 28)` stretched upwards, shifted, gamma-corrected, tilted, resized and flipped at random."""
     count = len(images)
-    height = uniform(count, 1 - STRETCH, 1 + STRETCH, generator)
+    height = uniform(count, 1 - source.stretch, 1 + source.stretch, generator)
     right, down = (uniform(count, -SHIFT, SHIFT, generator) / 14 for _ in range(2))  # an image is 2 wide: 14 pixels are 1
-    one, zero = torch.ones(count), torch.zeros(count)
-    warped = warp(images, one, zero, right, zero, 1 / height, 1 - 1 / height + down)  # y = 1 stays
     gamma = GAMMA ** uniform(count, -1, 1, generator)
+    angle = uniform(count, -source.tilt, source.tilt, generator).deg2rad()
+    size = uniform(count, -source.size, source.size, generator).exp()
+    sign = (uniform(count, 0, 1, generator) >= source.hflip) * 2 - 1
+    cos, sin = angle.cos() / size, angle.sin() / size
+    warped = warp(images, sign * cos, -sign * sin, right, sin / height, cos / height, 1 - 1 / height + down)  # y = 1 stays
     return (warped ** gamma.view(-1, 1, 1, 1) * 255).round().to(torch.uint8)
+
+
+def similar_class(images: torch.Tensor, examples: torch.Tensor) -> int | None:
+    """Features `(N, D)` of images and `(L, M, D)` of examples of L classes -> the class that the images come from, or None.
+
+    They come from a class if they are hardly farther from its mean, on average, than its own examples are.
+    """
+    centre = examples.mean((0, 1))
+    images, examples = (F.normalize(features - centre, dim=-1) for features in (images, examples))
+    means = examples.mean(1, keepdim=True)  # (L, 1, D)
+    own = (examples - means).norm(dim=2)  # (L, M)
+    excess = ((images - means).norm(dim=2).mean(1) - own.mean(1)) / own.std(1)  # (L,)
+    return int(excess.argmin()) if excess.min() < RESEMBLANCE else None
 
 
 class FisherLearner:
     """Fisher's discriminant whose within-class scatter comes from distorted images, refined on unlabelled images.
 
     A few images can't tell which differences between them matter. Unlabelled images can: distortions that never change a
-    class show which directions of the feature space to shrink, by `shrink * (scatter + shrink)^-1` (Hastie et al., The
-    Elements of Statistical Learning, 4.3). Features are centred on the unlabelled images' mean and scaled to unit length.
-    Each round assigns the unlabelled images softly to the classes, and moves each class mean half way to the mean of the
-    images assigned to it (soft k-means: Ren et al. 2018, arXiv 1803.00676, 3.1.1).
+    class show which directions of the feature space to shrink, by `s * (scatter + s)^-1` with the shrinkage s (Hastie et
+    al., The Elements of Statistical Learning, 4.3). Features are centred on the unlabelled images' mean and scaled to unit
+    length. Each round, where the source has any, assigns the unlabelled images softly to the classes, and moves each class
+    mean half way to the mean of the images assigned to it (soft k-means: Ren et al. 2018, arXiv 1803.00676, 3.1.1).
     """
 
-    def __init__(self, extract: Extract, unlabelled: torch.Tensor, seed: int, shrink: float, rounds: int):
-        self.extract, self.rounds = extract, rounds
+    def __init__(self, extract: Extract, unlabelled: torch.Tensor, source: Source, seed: int):
+        self.extract, self.source = extract, source
         self.generator = torch.Generator().manual_seed(seed)
         features = extract(unlabelled)
         self.mean = features.mean(0)
         self.length = (features - self.mean).norm(dim=1).mean()
         self.unlabelled = self._normalize(features)  # (U, D)
-        differences = self._normalize(extract(distort(unlabelled, self.generator))) - self.unlabelled
+        differences = self._normalize(extract(distort(unlabelled, source, self.generator))) - self.unlabelled
         scatter = differences.T @ differences / len(differences)
-        self.metric = shrink * torch.linalg.inv(scatter + shrink * torch.eye(len(scatter)))  # (D, D)
+        self.metric = SHRINKAGE * torch.linalg.inv(scatter + SHRINKAGE * torch.eye(len(scatter)))  # (D, D)
 
     def _normalize(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize(features - self.mean, dim=-1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """The input of `fit` from support images: `(N, D)`, the mean features of each one's distorted copies."""
-        copies = [images, *(distort(images, self.generator) for _ in range(VIEWS))]
+        copies = [images, *(distort(images, self.source, self.generator) for _ in range(VIEWS))]
         return torch.stack([self._normalize(self.extract(copy)) for copy in copies]).mean(0)
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights `(E, C, D)` and biases `(E, C)`, for raw features, from embedded supports `(E, C, K, D)`."""
         prototypes = means = supports.mean(2)  # (E, C, D)
-        for _ in range(self.rounds):
+        for _ in range(self.source.rounds):
             directions, offsets = self._discriminants(means)
             scores = torch.einsum("ud,ecd->euc", self.unlabelled, directions) + offsets.unsqueeze(1)
-            weights = (SHARPNESS * scores).softmax(2)  # (E, U, C)
+            weights = (self.source.sharpness * scores).softmax(2)  # (E, U, C)
             unlabelled_means = torch.einsum("euc,ud->ecd", weights, self.unlabelled) / weights.sum(1).unsqueeze(2)
             means = (prototypes + unlabelled_means) / 2
         directions, offsets = self._discriminants(means)
-        weights = SHARPNESS / self.length * directions
-        return weights, SHARPNESS * offsets - weights @ self.mean
+        weights = self.source.sharpness / self.length * directions
+        return weights, self.source.sharpness * offsets - weights @ self.mean
 
     def _discriminants(self, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions `(E, C, D)` and offsets `(E, C)`: the boundary between two classes is half way between their means."""

@@ -1,6 +1,7 @@
 """The images of Task 2 by part and class: ankle boots of the data set, or folders PART/CLASS/*; drawing supports from them."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from config import ROOT, UserError
 from data_preprocessing import load_images
-from photo import face_left, printable, read_photographs
+from photo import WHOLE, face_left, printable, read_photograph
 
 
 class Part(NamedTuple):
@@ -18,7 +19,7 @@ class Part(NamedTuple):
     classes: tuple[str, ...]
     counts: tuple[int, ...]
     names: list[str]
-    images: torch.Tensor  # uint8 (N, 1, 28, 28)
+    images: torch.Tensor  # uint8 (N, V, 28, 28): V views of each
     labels: torch.Tensor  # int64 (N,)
 
 
@@ -43,19 +44,27 @@ def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
 
 
 def read_part(folder: Path) -> Part | None:
-    """Photographs in CLASS/*, in the order of their names; None if there is no such folder. Raises UserError if a class has
-    no image, or an image can't be read."""
-    classes = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+    """Photographs in CLASS/*, in the order of their names; None if there is no such folder. Whatever else lies there is passed
+    over with a line on stderr. Raises UserError if a class has no image that can be read."""
+    entries = sorted(folder.glob("*"))
+    classes = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
     if not classes:
         return None
-    by_class = [sorted(path for path in label.iterdir() if not path.name.startswith(".")) for label in classes]
-    for label, files in zip(classes, by_class):
-        if not files:
-            raise UserError(f"{label}: has no image; put some there, or remove the folder")
-    # one at a time: a phone's photograph is large
-    views = torch.cat([read_photographs([path])[1] for files in by_class for path in files])  # (N, 28, 28)
-    names = [[path.stem for path in files] for files in by_class]
-    return make_part([path.name for path in classes], names, face_left(views).unsqueeze(1))
+    for path in entries:
+        if path not in classes:
+            print(" ".join(f"{path}: passed over; images are expected in {folder}/CLASS/".split()), file=sys.stderr)
+    names: list[list[str]] = [[] for _ in classes]
+    views = []
+    for label, stems in zip(classes, names):
+        for path in sorted(label.iterdir()):  # one at a time: a phone's photograph is large
+            try:
+                views.append(read_photograph(path).views[:WHOLE])  # (2, 28, 28): cut out in two ways
+                stems.append(path.stem)
+            except UserError as error:
+                print(" ".join(str(error).split()), file=sys.stderr)
+        if not stems:
+            raise UserError(f"{label}: has no image that can be read; put some there, or remove the folder")
+    return make_part([path.name for path in classes], names, face_left(torch.cat(views)).unflatten(0, (-1, WHOLE)))
 
 
 def read_parts(folder: Path, names: tuple[str, ...]) -> dict[str, Part]:

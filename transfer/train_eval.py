@@ -28,10 +28,10 @@ from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import AdamLearner, FisherLearner
+from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, Source, similar_class
 from transfer.shoe_images import draw_picks, load_shoes, read_parts
 
-UNLABELLED = 1_500  # training images of one class, used without their labels
+UNLABELLED = 1_500  # training images, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
 OURS, REFERENCE, UNTRAINED, PIXELS = "this repository", "the reference's way", "untrained convolutions", "raw pixels"
 
@@ -45,29 +45,41 @@ class TransferSettings(Settings):
     episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
     query: Literal["test", "pool"] = setting("test", "test on test/ and extended/, or on the rest of pool/, to choose settings")
     checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
-    unlabelled: Literal[CLASS_NAMES] = setting("Ankle boot", "class of training images used without labels")  # type: ignore[valid-type]
-    shrink: float = setting(0.001, "shrinkage of the directions in which distortions move the features", gt=0)
-    rounds: int = setting(3, "of soft k-means over the unlabelled images; 0 = none", ge=0, le=100)
 
 
-def build_learners(model: Classifier, classes: int, settings: TransferSettings) -> dict:
-    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+    """Features `(N, D)` of images, uint8 `(N, V, 28, 28)`: the mean over their views."""
+    return infer(model, images.flatten(0, 1).unsqueeze(1), features=True).unflatten(0, images.shape[:2]).mean(1)
+
+
+def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
+    """Training images to use without labels, uint8 `(U, 1, 28, 28)`: of the class that the supports come from, or of all."""
     images, labels = load_images("train", settings.data_path)
-    members = torch.nonzero(labels == CLASS_NAMES.index(settings.unlabelled)).squeeze(1)
-    unlabelled = images[shuffle(members, torch.Generator().manual_seed(settings.seed))[:UNLABELLED]]  # (U, 1, 28, 28)
+    order = shuffle(torch.arange(len(labels)), torch.Generator().manual_seed(settings.seed))
+    by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(CLASS_NAMES))]
+    mixed = images[torch.cat([members[: UNLABELLED // len(by_class)] for members in by_class])]
+    examples = extract(model, mixed).unflatten(0, (len(by_class), -1))
+    label = similar_class(extract(model, supports), examples)
+    print("unlabelled images:", "of all classes, which the supports do not resemble" if label is None else CLASS_NAMES[label])
+    return (mixed, PHOTOGRAPHS) if label is None else (images[by_class[label]], DATA_SET)
+
+
+def build_learners(model: Classifier, classes: int, supports: torch.Tensor, settings: TransferSettings) -> dict:
+    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+    unlabelled, source = choose_unlabelled(model, supports, settings)
     torch.manual_seed(settings.seed)
     metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
     first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
-    trained_features, untrained_features = partial(infer, model, features=True), partial(infer, untrained, features=True)
-    common = (unlabelled, settings.seed, settings.shrink, settings.rounds)
+    trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
+    common = (unlabelled, source, settings.seed)
     return {
         OURS: FisherLearner(trained_features, *common),
         REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
         UNTRAINED: FisherLearner(untrained_features, *common),
-        PIXELS: FisherLearner(lambda images: images.flatten(1).float() / 255, *common),
+        PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
     }
 
 
@@ -106,7 +118,7 @@ class Episodes:
             raise UserError(f"shots={self.shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
         self.kept, self.drawn, self.pool = self.parts[kept], self.parts[drawn], self.parts[pool]
         queries = [pool] if choosing else ["test", "extended"] if self.is_random and "extended" in self.parts else ["test"]
-        self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, 1, 28, 28)
+        self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, V, 28, 28)
         self.labels = torch.cat([self.parts[name].labels for name in queries])
         self.excludes_supports = choosing  # from the queries
         self.tested = len(self.labels) - (len(self.classes) * self.shots if choosing else 0)  # queries of an episode
@@ -162,7 +174,7 @@ def save_model(model: Classifier, layer: dict, before: dict, classes: tuple[str,
 def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, rows: dict, folder: Path) -> None:
     """Print and draw the predictions for the test images; draw the supports, and, of random episodes, accuracy by shots."""
     test = episodes.parts["test"]
-    confidence, predicted = infer(model, test.images).softmax(1).max(1)
+    confidence, predicted = model.classifier(extract(model, test.images)).softmax(1).max(1)
     titles = []
     for name, label, probability in zip(test.names, predicted.tolist(), confidence.tolist()):
         titles.append(f"{name}\npredicted {test.classes[label]}, {probability:.1%}")
@@ -170,14 +182,14 @@ def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, ro
     is_right = (predicted == test.labels).tolist()
     colours = [plots.GREEN if right else plots.RED for right in is_right]
     heading = f"{sum(is_right)} of {len(is_right)} test images right"
-    plots.draw_sheet(test.images.squeeze(1).numpy(), titles, 5, heading, folder / "predictions.png", colours)
+    plots.draw_sheet(test.images[:, 0].numpy(), titles, 5, heading, folder / "predictions.png", colours)
     images, names = episodes.kept.images[picks.flatten()], [episodes.kept.names[index] for index in picks.flatten()]
-    plots.draw_sheet(images.squeeze(1).numpy(), names, episodes.shots, "The support images", folder / "support.png")
+    plots.draw_sheet(images[:, 0].numpy(), names, episodes.shots, "The support images", folder / "support.png")
     if episodes.is_random:
         heading = f"{episodes.count} episodes, {len(episodes.labels)} test images"
         plots.draw_accuracy_by_count(rows, "support images per class", heading, folder / "accuracy_by_shots.png")
         heading = f"The images that episodes draw from: {len(episodes.pool.names)}"
-        plots.draw_sheet(episodes.pool.images.squeeze(1).numpy(), episodes.pool.names, 13, heading, folder / "pool.png")
+        plots.draw_sheet(episodes.pool.images[:, 0].numpy(), episodes.pool.names, 13, heading, folder / "pool.png")
 
 
 def main(arguments: list[str]) -> None:
@@ -191,7 +203,7 @@ def main(arguments: list[str]) -> None:
     before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
     episodes = Episodes(settings)
-    learners = build_learners(model, len(episodes.classes), settings)
+    learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")
     print(f"{'':22}    mean    std     min      max   95 % interval")
