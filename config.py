@@ -224,8 +224,10 @@ class RunSettings(TrainSettings):
         if self.folds and self.runs > 1:
             raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
         several = f"folds={self.folds}" if self.folds else f"runs={self.runs}" if self.runs > 1 else ""
-        if several and (self.teacher or "gan" in parse_augment(self.augment)):
-            learned = f"teacher={self.teacher}" if self.teacher else f"augment={self.augment}"
+        has_generated = "gan" in parse_augment(self.augment)
+        if several and (self.teacher or self.finetune or has_generated):
+            known = {"teacher": self.teacher, "finetune": self.finetune, "augment": self.augment}
+            learned = next(f"{key}={value}" for key, value in known.items() if value)
             raise ValueError(f"{learned}: was trained on images that other splits validate on; leave {several} out")
         return self
 

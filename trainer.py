@@ -181,7 +181,9 @@ class Trainer:
             load_imagenet_weights(self.model)
         if settings.finetune:
             path = resolve(settings.finetune)
-            checkpoint.load_parameters(self.model, checkpoint.load(path, "best_model")["model"], path)
+            start = checkpoint.load(path, "best_model")
+            checkpoint.check_same_split(path, start.get("settings", {}), seed, settings.valid_ratio)
+            checkpoint.load_parameters(self.model, start["model"], path)
         self.model.set_statistics(mean, std, images[train[:2000]].cpu())
         if settings.batch_norm:
             add_batch_norm(self.model)

@@ -66,6 +66,7 @@ def test_the_defaults_turn_every_training_trick_off():
         "batch_norm": False,
         "dropout": -1,
         "ema_decay": 0,
+        "finetune": "",
         "first_epoch_fraction": 1,
         "hard_fraction": 1,
         "init": "default",

@@ -435,11 +435,11 @@ SETTINGS = [  # each after those without which it has no effect
     "label_smoothing=0.1",
     "architecture=mlp",
     "epochs=1 architecture=mlp folds=2",
-    *(f"augment= augment={name}" for name in FUNCTIONS),
+    *(f"augment= augment={name}" for name in (*FUNCTIONS, "scene")),
 ]
 ELSEWHERE = {  # their effects have tests of their own
     *("recipe", "data_dir", "out_dir", "device", "pretrained", "runs", "resume", "patience", "ema_decay"),
-    *("teacher", "distill_weight", "gan_fraction", "generator"),
+    *("teacher", "distill_weight", "gan_fraction", "generator", "finetune"),
 }
 
 
@@ -472,6 +472,13 @@ def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
     train.main([f"recipe={recipe}", "epochs=1", "limit=200", "valid_ratio=0.005", "runs=1", f"out_dir={tmp_path}"])
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
+
+
+def test_finetuning_starts_from_the_other_models_parameters(uninterrupted, tmp_path):
+    path = uninterrupted[1] / "best_model.pt"
+    ended = run(tmp_path, f"finetune={path}", "lr=1e-12", "epochs=1")
+    for name, tensor in checkpoint.load(path, "best_model")["model"].items():
+        assert torch.allclose(ended["model"][name], tensor, atol=1e-6), name
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
@@ -534,6 +541,15 @@ def test_soft_targets_are_refused_for_generated_images(targets, uninterrupted, t
 def test_a_teacher_does_not_fit_other_settings(word, message, uninterrupted, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path, f"teacher={uninterrupted[1] / 'best_model.pt'}", word)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("seed=1", "validation images"), ("architecture=mlp", "don't fit the model"), ("folds=2", "leave folds=2 out")],
+)
+def test_a_model_is_not_finetuned_under_other_settings(word, message, uninterrupted, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, f"finetune={uninterrupted[1] / 'best_model.pt'}", word)
 
 
 @pytest.mark.parametrize(
