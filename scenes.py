@@ -16,12 +16,10 @@ import torch.nn.functional as F
 
 from data_preprocessing import SHOES
 
-TROUSER, SANDAL, BAG, BOOT = 1, 5, 8, 9  # fine labels
-CUT_OUT = 0.5  # fraction of scenes on black
-PAIR, WORN = 0.4, 0.2  # fractions of shoes in pairs; of garments, but bags, with a wearer
-FROM_ABOVE = 0.25  # fraction of shoes seen from above
-PRINTED = (0.4, 0.05, 0.2, 0.1, 0.05, 0, 0.05, 0, 0.1, 0)  # fraction of each class with a print
-PATCHED = (0.05, 0.05, 0.1, 0.1, 0.1, 0, 0.1, 0.5, 0.2, 0.3)  # of several colours
+TROUSER, BAG = 1, 8  # fine labels
+CUT_OUT = 0.4  # fraction of scenes on black
+STAND_OUT = 0.35  # fraction of the others from which the background is subtracted
+PAIR, WORN = 0.3, 0.2  # fractions of shoes in pairs; of garments, but bags, with a wearer
 
 
 class Random:
@@ -37,11 +35,11 @@ class Random:
     def normal(self, count: int, side: int = 1) -> torch.Tensor:
         return torch.randn(count, 1, side, side, **self.options)
 
-    def chance(self, count: int, probability: float | torch.Tensor) -> torch.Tensor:
+    def chance(self, count: int, probability: float) -> torch.Tensor:
         return torch.rand(count, 1, 1, 1, **self.options) < probability
 
-    def some(self, count: int, probability: float | torch.Tensor) -> torch.Tensor:
-        """Indices of images, each chosen with this probability, or its own."""
+    def some(self, count: int, probability: float) -> torch.Tensor:
+        """Indices of images, each chosen with this probability."""
         return torch.nonzero(self.chance(count, probability).flatten()).squeeze(1)
 
     def smooth(self, count: int, side: int) -> torch.Tensor:
@@ -101,17 +99,17 @@ def over(below: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
     return below * (1 - layers[:, 1:]) + layers[:, :1]
 
 
-def cut_out(images: torch.Tensor, fine_labels: torch.Tensor) -> torch.Tensor:
-    """Layers of uint8 garments. A black speck in a garment is a part of it, but in a sandal it is a gap."""
+def cut_out(images: torch.Tensor, draw: Random) -> torch.Tensor:
+    """Layers of uint8 garments. Half of the masks are closed: a black speck is a part of the garment, or a gap in it."""
     grey = images.float() / 255
     mask = (grey > 0.04).float()
     closed = -F.max_pool2d(-F.max_pool2d(mask, 3, 1, 1), 3, 1, 1)
-    mask = torch.where((fine_labels == SANDAL).view(-1, 1, 1, 1), mask, closed)
+    mask = torch.where(draw.chance(len(images), 0.5), closed, mask)
     return torch.cat([grey * mask, mask], 1)
 
 
-def dress_up(layers: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -> torch.Tensor:
-    """Another look: negative or not (the data set's images are negatives), contrast, stripes, a print, several colours."""
+def dress_up(layers: torch.Tensor, draw: Random) -> torch.Tensor:
+    """Another look: negative or not (the data set's images are negatives), contrast, stripes, a print."""
     grey, mask = layers[:, :1], layers[:, 1:]
     count, (down, right) = len(layers), draw.axes()
     grey = torch.where(draw.chance(count, 0.5), grey, 1 - grey).clamp(1e-3, 1) ** draw.uniform(count, -0.7, 0.7).exp()
@@ -120,10 +118,7 @@ def dress_up(layers: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -> t
     for probability in (0.15, 0.06):  # twice: checks
         i = draw.some(count, probability)
         grey[i] += draw.uniform(len(i), -0.35, 0.35) * draw.stripes(len(i))
-    printed, patched = (torch.tensor(by_class, device=grey.device)[fine_labels] for by_class in (PRINTED, PATCHED))
-    i = draw.some(count, patched.view(-1, 1, 1, 1))
-    grey[i] += (draw.smooth(len(i), 6) > 0.3) * draw.uniform(len(i), -0.8, 0.8)
-    i = draw.some(count, printed.view(-1, 1, 1, 1))
+    i = draw.some(count, 0.12)
     x = (right - draw.uniform(len(i), -0.2, 0.2)) / draw.uniform(len(i), 0.1, 0.4)
     y = (down - draw.uniform(len(i), -0.4, 0.3)) / draw.uniform(len(i), 0.1, 0.4)
     grey[i] += (x**2 + y**2 < 1) * (draw.uniform(len(i), -0.5, 0.5) + draw.texture(len(i), 0.3))
@@ -167,6 +162,14 @@ def add_wearer(ground: torch.Tensor, fine_labels: torch.Tensor, pose: Pose, draw
     return torch.where(is_shoe & leg, torch.where(draw.chance(count, 0.5), skin, cloth), ground)
 
 
+def stand_out(scenes: torch.Tensor) -> torch.Tensor:
+    """What differs from the border's median in the garment's direction: `photo.to_fashion_mnist` on scenes `(N, 1, 28, 28)`."""
+    border = torch.cat([scenes[..., 0, :], scenes[..., -1, :], scenes[..., 0], scenes[..., -1]], -1)  # (N, 1, 112)
+    ground = border.median(-1, keepdim=True).values.unsqueeze(-1)  # (N, 1, 1, 1)
+    is_darker = (scenes - ground).mean((2, 3), keepdim=True) < 0
+    return torch.where(is_darker, (ground - scenes) / ground.clamp(min=0.01), (scenes - ground) / (1 - ground).clamp(min=0.01))
+
+
 def _is_shoe(fine_labels: torch.Tensor) -> torch.Tensor:
     return torch.isin(fine_labels, torch.tensor(SHOES, device=fine_labels.device))
 
@@ -174,23 +177,17 @@ def _is_shoe(fine_labels: torch.Tensor) -> torch.Tensor:
 def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -> torch.Tensor:
     """A scene with each of the garments, uint8 `(N, 1, 28, 28)` in and out."""
     count = len(images)
-    layers = cut_out(images, fine_labels)
+    layers = dress_up(cut_out(images, draw), draw)
     is_shoe = _is_shoe(fine_labels).view(-1, 1, 1, 1)
     is_cut_out = draw.chance(count, CUT_OUT)
     is_pair = is_shoe & draw.chance(count, PAIR)
     is_worn = draw.chance(count, WORN) & ~is_pair & ~is_cut_out & (fine_labels != BAG).view(-1, 1, 1, 1)
-    stands_upright = is_shoe & draw.chance(count, FROM_ABOVE)
-    # from above, a low shoe is nearly symmetric: a side view and its mirror image
-    is_low = (fine_labels != BOOT).view(-1, 1, 1, 1)
-    i = torch.nonzero((stands_upright & is_low & draw.chance(count, 0.7)).flatten()).squeeze(1)
-    sole = layers[i].roll(-4, 2)
-    layers[i] = torch.maximum(sole, sole.flip(2))
-    layers = dress_up(layers, fine_labels, draw)
+    stands_upright = is_pair & draw.chance(count, 0.4)  # as a pair photographed from above
 
     scale = torch.where(is_cut_out, draw.uniform(count, 0.8, 1.08), draw.uniform(count, 0.55, 1.2))
     scale = scale * torch.where(is_pair | is_worn, 0.75, 1.0)
     tilt = 12 * draw.normal(count)  # degrees
-    is_turned = draw.chance(count, 0.05) | (is_shoe & draw.chance(count, 0.15))
+    is_turned = draw.chance(count, 0.05) | (is_shoe & draw.chance(count, 0.1))
     tilt = torch.where(is_turned, draw.uniform(count, -180, 180), tilt)
     upright = torch.where(draw.chance(count, 0.5), 90.0, -90.0) + 15 * draw.normal(count)
     tilt = torch.where(stands_upright, upright, tilt).deg2rad()
@@ -225,6 +222,8 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     result[i] = torch.maximum(result[i], rest * (1 - placed[i, 1:]))
     i = torch.nonzero((is_cut_out & draw.chance(count, 0.12)).flatten()).squeeze(1)  # garment that was cut away
     result[i] *= draw.smooth(len(i), 6) > -0.7
+    i = torch.nonzero((~is_cut_out & draw.chance(count, STAND_OUT)).flatten()).squeeze(1)
+    result[i] = stand_out(result[i]).clamp(0, 1)
     i = draw.some(count, 0.3)
     blurred = F.avg_pool2d(F.pad(result[i], (1, 1, 1, 1), mode="replicate"), 3, 1)
     result[i] = result[i].lerp(blurred, draw.uniform(len(i), 0, 1).expand_as(blurred))

@@ -21,7 +21,12 @@ from config import ROOT, Settings
 from data_preprocessing import load_images
 
 DRY = {"train.py": ["epochs=1", "limit=1000"], "tune.py": ["epochs=1", "limit=1000", "trials=2"]}
-PHOTOS = {"photo_of_a_shoe.jpg": 0, "another.png": 1, "photo.jpg": 2}  # in the README -> training image in its place
+PHOTOS = {
+    "photo_of_a_shoe.jpg": 0,
+    "another.png": 1,
+    "photo.jpg": 2,
+    "my_photos/1.png": 3,
+}  # in the README -> training image in its place
 PHOTOS |= {f"my_shoes/{part}/{name}/1.png": 10 * label for part in ("train", "test") for name, label in (("a", 1), ("b", 2))}
 
 
