@@ -137,3 +137,29 @@ class AdamLearner:
             (F.cross_entropy(logits, labels, reduction="sum") / (classes * shots)).backward()  # each episode's mean loss
             optimizer.step()
         return weights.detach(), biases.detach()
+
+
+class MeanLearner:
+    """The mean of both learners' logits, for photographs, on some of which one fails and on others the other.
+
+    The reference's logits are scaled to the same standard deviation as Fisher's over the unlabelled images.
+    """
+
+    def __init__(self, fisher: FisherLearner, adam: AdamLearner):
+        self.fisher, self.adam, self.extract = fisher, adam, fisher.extract
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.fisher.embed(images), self.adam.embed(images)], 1)  # (N, 2 * D)
+
+    def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As FisherLearner's, from supports `(E, C, K, 2 * D)`."""
+        own, others = supports.chunk(2, 3)
+        layers = [self.fisher.fit(own), self.adam.fit(others)]
+        features = self.fisher.unlabelled * self.fisher.length + self.fisher.mean  # (U, D), raw but for their length
+        spreads = []
+        for weights, biases in layers:
+            logits = torch.einsum("ud,ecd->euc", features, weights) + biases.unsqueeze(1)
+            spreads.append((logits - logits.mean(2, keepdim=True)).flatten(1).std(1).view(-1, 1))  # (E, 1)
+        (weights, biases), (other_weights, other_biases) = layers
+        ratio = spreads[0] / spreads[1]
+        return (weights + ratio.unsqueeze(2) * other_weights) / 2, (biases + ratio * other_biases) / 2

@@ -28,7 +28,7 @@ from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, Source, similar_class
+from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
 from transfer.shoe_images import draw_picks, load_shoes, read_parts
 
 UNLABELLED = 1_500  # training images, used without their labels
@@ -75,9 +75,11 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
+    fisher = FisherLearner(trained_features, *common)
+    adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
     return {
-        OURS: FisherLearner(trained_features, *common),
-        REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
+        OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam),
+        REFERENCE: adam,
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
     }
