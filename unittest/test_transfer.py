@@ -163,9 +163,12 @@ def test_the_mean_learner_gives_both_learners_logits_the_same_weight(train_data)
     fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
     mean, images = few_shot.MeanLearner(fisher, adam), train_data[0][:4]
-    (weights, biases), *layers = (each.fit(each.embed(images).view(1, 2, 2, -1)) for each in (mean, fisher, adam))
     features = fisher.unlabelled * fisher.length + fisher.mean
-    logits = [(features @ weights[0].T + biases[0]) for weights, biases in ((weights, biases), *layers)]
+    logits = []
+    for learner in (mean, fisher, adam):
+        fisher.generator.manual_seed(0)  # the same distorted copies
+        weights, biases = learner.fit(learner.embed(images).view(1, 2, 2, -1))
+        logits.append(features @ weights[0].T + biases[0])
     margins = [each[:, 0] - each[:, 1] for each in logits]
     expected = (margins[1] + margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 2
     assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
