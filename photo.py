@@ -123,6 +123,12 @@ def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     return probabilities.unflatten(0, views.shape[:2]).mean(1)
 
 
+def clothes_or_shoe(task_1: torch.Tensor, ten_classes: torch.Tensor) -> torch.Tensor:
+    """Probabilities `(N, 2)`: the mean of Task 1's and those of ten classes `(N, 10)`, which err on different photographs."""
+    shoe = ten_classes[:, list(SHOES)].sum(1)
+    return (task_1 + torch.stack([1 - shoe, shoe], 1)) / 2
+
+
 def printable(name: str) -> str:
     """A file's name in characters that can be printed and drawn: not every file system's names are Unicode."""
     return os.fsencode(name).decode(errors="replace")

@@ -1,8 +1,8 @@
 """Predict one test image, or photographs: `python predict.py [recipe=NAME] [key=value ...] [IMAGE ...]`.
 
-An IMAGE is a file, a folder or a pattern. Two models classify photographs: Task 1's (clothes or shoe) and that of recipe=photo
-(ten classes); naming a recipe, out_dir or checkpoint takes that model alone. `index=N` takes test image N; with neither, a
-random test image is taken. Prints the predictions and writes predictions.csv and plots/prediction*.png in out_dir.
+An IMAGE is a file, a folder or a pattern. Two models classify photographs: that of recipe=photo says which of the ten classes
+and, together with Task 1's, clothes or shoe; naming a recipe, out_dir or checkpoint takes that model alone. `index=N` takes
+test image N; with neither, a random one is taken. Prints the predictions and writes predictions.csv and plots/prediction*.png.
 """
 
 import csv
@@ -24,7 +24,7 @@ from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
-from photo import Photograph, classify, printable, read_photograph, select_views
+from photo import Photograph, classify, clothes_or_shoe, printable, read_photograph, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
 
@@ -74,6 +74,8 @@ def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) 
     views = torch.stack([photograph.views for photograph in photographs])  # (N, 3, 28, 28)
     selected = [select_views(model, views) for model in models]
     probabilities = [classify(*pair) for pair in zip(models, selected)]
+    if len(models) == 2:
+        probabilities[0] = clothes_or_shoe(*probabilities)
     rows, titles = [], []
     for number, (path, photograph) in enumerate(zip(files, photographs)):
         answers = [answer(each[number], model.metadata["class_names"]) for each, model in zip(probabilities, models)]

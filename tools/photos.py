@@ -16,7 +16,7 @@ import plots
 from config import ROOT, UserError, resolve
 from data_preprocessing import CLASS_NAMES, SHOES
 from model import load_model
-from photo import classify, select_views
+from photo import classify, clothes_or_shoe, select_views
 from predict import read_all
 
 ALIASES = {"pants": "trouser", "longsleeve": "pullover", "outwear": "coat", "t-shirt": "t-shirt/top"}
@@ -71,10 +71,12 @@ def measure(recipe: str, folder: str) -> None:
     accepted = [accepted_labels(path.parent.name) for path in files]
 
     task_1, ten = load_model(ROOT / "best_model.pt"), load_model(ROOT / "runs" / recipe / "best_model.pt")
-    p_shoe = classify(task_1, select_views(task_1, views))[:, 1].numpy()
-    is_right = (p_shoe > 0.5) == [labels <= set(SHOES) and bool(labels) for labels in accepted]
-    print_table("Task 1, clothes or shoe", is_right, np.maximum(p_shoe, 1 - p_shoe), groups, refused)
-    probability, predicted = classify(ten, select_views(ten, views)).max(1)
+    own, others = (classify(model, select_views(model, views)) for model in (task_1, ten))
+    is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
+    for name, probabilities in (("Task 1 alone", own), (f"Task 1 with {recipe}", clothes_or_shoe(own, others))):
+        confidence, predicted = probabilities.max(1)
+        print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
+    probability, predicted = others.max(1)
     counts = np.array([bool(labels) for labels in accepted])
     is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
     groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}

@@ -13,7 +13,7 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import GRABCUT, WHOLE, classify, face_left, open_image, prepare, select_views, to_fashion_mnist
+from photo import GRABCUT, WHOLE, classify, clothes_or_shoe, face_left, open_image, prepare, select_views, to_fashion_mnist
 from trainer import infer
 
 
@@ -195,6 +195,12 @@ def test_a_photographs_probability_is_the_mean_over_its_views(out):
     model, views = load_model(out / "best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
     expected = infer(model, views.unsqueeze(1)).softmax(1).mean(0, keepdim=True)
     assert torch.allclose(classify(model, views.unsqueeze(0)), expected)
+
+
+def test_clothes_or_shoe_is_the_mean_of_two_models():
+    ten = torch.zeros(1, 10)
+    ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert torch.allclose(clothes_or_shoe(torch.tensor([[0.2, 0.8]]), ten), torch.tensor([[0.3, 0.7]]))
 
 
 @pytest.fixture
