@@ -123,10 +123,10 @@ def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     return probabilities.unflatten(0, views.shape[:2]).mean(1)
 
 
-def clothes_or_shoe(task_1: torch.Tensor, ten_classes: torch.Tensor) -> torch.Tensor:
-    """Probabilities `(N, 2)`: the mean of Task 1's and those of ten classes `(N, 10)`, which err on different photographs."""
-    shoe = ten_classes[:, list(SHOES)].sum(1)
-    return (task_1 + torch.stack([1 - shoe, shoe], 1)) / 2
+def clothes_or_shoe(probabilities: torch.Tensor) -> torch.Tensor:
+    """Probabilities of ten classes `(..., 10)` -> of clothes and of shoes `(..., 2)`."""
+    shoe = probabilities[..., list(SHOES)].sum(-1)
+    return torch.stack([1 - shoe, shoe], -1)
 
 
 def printable(name: str) -> str:

@@ -1,8 +1,8 @@
 """Predict one test image, or photographs: `python predict.py [recipe=NAME] [key=value ...] [IMAGE ...]`.
 
-An IMAGE is a file, a folder or a pattern. Two models classify photographs: that of recipe=photo says which of the ten classes
-and, together with Task 1's, clothes or shoe; naming a recipe, out_dir or checkpoint takes that model alone. `index=N` takes
-test image N; with neither, a random one is taken. Prints the predictions and writes predictions.csv and plots/prediction*.png.
+An IMAGE is a file, a folder or a pattern. The model of recipe=photo says clothes or shoe, and which of the ten classes; recipe,
+out_dir or checkpoint name another model. `index=N` takes test image N; with neither, a random one is taken, by Task 1's model.
+Prints the predictions and writes predictions.csv and plots/prediction*.png in out_dir.
 """
 
 import csv
@@ -11,6 +11,7 @@ import io
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
-from data_preprocessing import labels_for, load_images
+from data_preprocessing import class_names, labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
 from photo import Photograph, classify, clothes_or_shoe, printable, read_photograph, select_views
@@ -39,17 +40,17 @@ class PredictSettings(ModelFileSettings):
 
 def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Tensor, index: int, path: Path) -> None:
     """Print and draw the prediction for test image `index`, beside its true class."""
-    class_names, view, label = model.metadata["class_names"], images[index], int(labels[index])  # view (1, 28, 28)
+    names, view, label = model.metadata["class_names"], images[index], int(labels[index])  # view (1, 28, 28)
     probability = infer(model, view.unsqueeze(0)).softmax(1)
-    print(f"test image {index}: predicted {answer(probability[0], class_names)}, true {class_names[label]}")
+    print(f"test image {index}: predicted {answer(probability[0], names)}, true {names[label]}")
     pixels = view[0].numpy()
     titles = [f"test image {index}"]
-    plots.draw_predictions([pixels], [pixels], titles, probability.numpy(), class_names, [label], path)
+    plots.draw_predictions([pixels], [pixels], titles, probability.numpy(), names, [label], path)
     print(f"wrote {path}")
 
 
-def answer(probability: torch.Tensor, class_names: list[str]) -> str:
-    return f"{class_names[probability.argmax()]} ({probability.max():.2%})"
+def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
+    return f"{names[probability.argmax()]} ({probability.max():.2%})"
 
 
 def read_all(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
@@ -68,22 +69,20 @@ def read_all(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
     return files, photographs
 
 
-def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) -> None:
-    """Print, list in predictions.csv and draw what each model, of which the last one is drawn, says of the photographs."""
+def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
+    """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
     files, photographs = read_all(paths)
-    views = torch.stack([photograph.views for photograph in photographs])  # (N, 3, 28, 28)
-    selected = [select_views(model, views) for model in models]
-    probabilities = [classify(*pair) for pair in zip(models, selected)]
-    if len(models) == 2:
-        probabilities[0] = clothes_or_shoe(*probabilities)
+    views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
+    probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []
-    for number, (path, photograph) in enumerate(zip(files, photographs)):
-        answers = [answer(each[number], model.metadata["class_names"]) for each, model in zip(probabilities, models)]
+    for path, photograph, probability in zip(files, photographs, probabilities):
+        answers = [answer(probability, names)]
+        if says_shoe:
+            answers.insert(0, answer(clothes_or_shoe(probability), class_names(2)))
         note = f"; {photograph.warning}" if photograph.warning else ""
         print(f"{printable(path.name)}: predicted {', '.join(answers)}{note}")
-        class_names, last = models[-1].metadata["class_names"], probabilities[-1][number]
-        best, runner_up = last.topk(2).indices.tolist()
-        rows.append((printable(str(path)), class_names[best], f"{last[best]:.4f}", class_names[runner_up], photograph.warning))
+        best, runner_up = probability.topk(2).indices.tolist()
+        rows.append((printable(str(path)), names[best], f"{probability[best]:.4f}", names[runner_up], photograph.warning))
         titles.append("\n".join([printable(path.name), *answers[:-1]]))
     table = io.StringIO()
     csv.writer(table).writerows([COLUMNS, *rows])
@@ -91,11 +90,10 @@ def predict_photographs(models: list[Classifier], paths: list[Path], out: Path) 
     for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
         originals = [photograph.picture for photograph in photographs[part]]
-        inputs = list(selected[-1][part].transpose(1, 2).flatten(2).numpy())  # (N, V, 28, 28) -> (N, 28, V * 28)
+        inputs = list(views[part].transpose(1, 2).flatten(2).numpy())  # (N, V, 28, 28) -> (N, 28, V * 28)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
-        plots.draw_predictions(
-            originals, inputs, titles[part], probabilities[-1][part].numpy(), class_names, [None] * len(inputs), path
-        )
+        unknown = [None] * len(inputs)
+        plots.draw_predictions(originals, inputs, titles[part], probabilities[part].numpy(), names, unknown, path)
         print(f"wrote {path}")
 
 
@@ -123,17 +121,15 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    models = [load_model(settings.model_path)]
-    if paths and not any(word.startswith(("recipe=", "out_dir=", "checkpoint=")) for word in words):
-        models.append(load_model(ROOT / "runs" / "photo" / "best_model.pt"))
-    for model in models:
-        move(model, choose_device(settings.device))
+    is_named = any(word.startswith(("recipe=", "out_dir=", "checkpoint=")) for word in words)
+    path = settings.model_path if is_named or not paths else ROOT / "runs" / "photo" / "best_model.pt"
+    model = move(load_model(path), choose_device(settings.device))
     if paths:
-        return predict_photographs(models, paths, settings.out_path)
+        return predict_photographs(model, paths, settings.out_path, says_shoe=not is_named)
     images, fine_labels = load_images("t10k", settings.data_path)
     index = settings.index if settings.index >= 0 else random.randrange(len(images))
-    labels = labels_for(models[0].metadata["class_names"], fine_labels)
-    predict_test_image(models[0], images, labels, index, settings.out_path / "plots" / "prediction.png")
+    labels = labels_for(model.metadata["class_names"], fine_labels)
+    predict_test_image(model, images, labels, index, settings.out_path / "plots" / "prediction.png")
 
 
 if __name__ == "__main__":

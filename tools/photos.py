@@ -73,7 +73,7 @@ def measure(recipe: str, folder: str) -> None:
     task_1, ten = load_model(ROOT / "best_model.pt"), load_model(ROOT / "runs" / recipe / "best_model.pt")
     own, others = (classify(model, select_views(model, views)) for model in (task_1, ten))
     is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
-    for name, probabilities in (("Task 1 alone", own), (f"Task 1 with {recipe}", clothes_or_shoe(own, others))):
+    for name, probabilities in (("Task 1", own), (recipe, clothes_or_shoe(others))):
         confidence, predicted = probabilities.max(1)
         print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
     probability, predicted = others.max(1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -197,10 +198,10 @@ def test_a_photographs_probability_is_the_mean_over_its_views(out):
     assert torch.allclose(classify(model, views.unsqueeze(0)), expected)
 
 
-def test_clothes_or_shoe_is_the_mean_of_two_models():
+def test_shoes_are_three_of_the_ten_classes():
     ten = torch.zeros(1, 10)
     ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    assert torch.allclose(clothes_or_shoe(torch.tensor([[0.2, 0.8]]), ten), torch.tensor([[0.3, 0.7]]))
+    assert torch.allclose(clothes_or_shoe(ten), torch.tensor([[0.4, 0.6]]))
 
 
 @pytest.fixture
@@ -244,11 +245,14 @@ def test_more_files_than_a_picture_holds_take_several(folder, out, monkeypatch):
     assert (out / "plots" / "prediction_2.png").exists()
 
 
-def test_without_a_recipe_two_models_answer(folder, capsys, monkeypatch):
-    monkeypatch.setattr(predict, "predict_photographs", lambda models, *_: print([m.metadata["output_dim"] for m in models]))
-    predict.main([str(folder)])
-    predict.main(["recipe=tiny_best", str(folder)])
-    assert capsys.readouterr().out.split("\n")[:2] == ["[2, 10]", "[10]"]
+def test_without_a_recipe_there_are_two_answers(folder, capsys, monkeypatch):
+    monkeypatch.setattr(predict.checkpoint, "write_atomically", lambda *_: None)
+    monkeypatch.setattr(predict.plots, "draw_predictions", lambda *_: None)
+    predict.main([str(folder / "a shoe.png")])
+    predict.main(["recipe=photo", str(folder / "a shoe.png")])
+    both, one, *_ = (line for line in capsys.readouterr().out.splitlines() if "predicted" in line)
+    assert re.fullmatch(r"a shoe\.png: predicted (clothes|shoe) \(\d+\.\d\d%\), [\w/ -]+ \(\d+\.\d\d%\)", both)
+    assert one == re.sub(r"(clothes|shoe) \(.*?\), ", "", both)
 
 
 @pytest.fixture
