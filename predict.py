@@ -50,7 +50,7 @@ def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Te
 
 
 def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
-    return f"{names[probability.argmax()]} ({probability.max():.2%})"
+    return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
 
 
 def read_all(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
