@@ -162,7 +162,7 @@ def test_a_file_with_an_equals_sign_in_its_name_is_an_image(tmp_path, monkeypatc
 def test_results_of_a_model_elsewhere_go_to_out_dir(train_data, tmp_path):
     Image.fromarray(255 - train_data[0][0, 0].numpy()).resize((200, 200)).save(tmp_path / "photo.png")
     predict.main([f"checkpoint={ROOT / 'best_model.pt'}", f"out_dir={tmp_path / 'out'}", str(tmp_path / "photo.png")])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plots"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plots", "predictions.csv"}
 
 
 def test_every_script_finds_its_modules_by_itself():

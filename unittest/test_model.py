@@ -8,7 +8,7 @@ import distributed
 from config import TrainSettings, UserError
 from data_preprocessing import mean_and_std
 from device import choose_device, choose_precision
-from layers import WhitenedConv2d, add_batch_norm, fuse_batch_norm
+from layers import StandardizedConv2d, WhitenedConv2d, add_batch_norm, fuse_batch_norm
 from model import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -29,10 +29,17 @@ PARAMETERS = {
     "compact_cnn": 98_442,
     "resnet8": 77_754,
     "resnet14": 99_418,
+    "resnet14_photo": 99_418,
     "resnet18": 11_175_370,
     "resnet18_56": 11_175_370,
     "fast_cnn": 29_178,
 }
+
+
+def test_the_standardised_convolution_sees_no_brightness_nor_contrast():
+    layer, images = StandardizedConv2d(1, 4, 3), torch.randn(2, 1, 28, 28)
+    assert torch.allclose(layer(5 * images), layer(5 * images + 3), atol=1e-5)
+    assert torch.allclose(layer(5 * images), layer(10 * images), atol=0.01)
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------
