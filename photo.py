@@ -71,7 +71,8 @@ def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:
     import cv2  # here: only photographs need it
 
     scale = GRABCUT_SIDE / max(pixels.shape[:2])
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    width, height = (max(MIN_SIDE, round(side * scale)) for side in pixels.shape[1::-1])
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     colours = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
     edge = _border(colours)
     distance = np.linalg.norm(colours - np.median(edge, axis=0), axis=2)
@@ -80,7 +81,6 @@ def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:
     margin = 3
     framed = np.full_like(mask, cv2.GC_BGD)
     framed[margin:-margin, margin:-margin] = mask[margin:-margin, margin:-margin]
-    height, width = mask.shape
     if (framed == cv2.GC_PR_FGD).sum() < 20:
         framed[height // 4 : -height // 4, width // 4 : -width // 4] = cv2.GC_PR_FGD
     try:

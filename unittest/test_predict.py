@@ -163,6 +163,14 @@ def test_grabcut_finds_the_object_on_a_busy_ground():
     assert (view[:4] == 0).all() and (view[24:] == 0).all()
 
 
+@pytest.mark.parametrize("size", [(3000, 8), (8, 3000), (8, 8), (29, 28)])
+@pytest.mark.parametrize("colour", ["white", "#336699"])
+def test_a_thin_or_tiny_picture_has_three_views(size, colour):
+    image = Image.new("RGB", size, colour)
+    image.putpixel((4, 4), (0, 0, 0))
+    assert [view.shape for view in prepare(image)[0]] == [(28, 28)] * 3
+
+
 def test_the_whole_photograph_is_seen_in_its_own_grey_values():
     view = prepare(photograph("#b0b0b0", "#303030"))[0][WHOLE]
     assert view[0, 0] == 0xB0 and view.min() == 0x30  # a wide one is extended by its border's grey
