@@ -147,6 +147,7 @@ def checkpoints(folder: Path) -> Trials:
         "predict.py": (best, predict.main, ["index=0", f"out_dir={out}"]),
         "train.py teacher=best_model.pt": (best, train.main, [*distil, f"teacher={best}"]),
         "train.py teacher=soft_targets.pt": (targets, train.main, [*distil, f"teacher={targets}"]),
+        "train.py finetune=best_model.pt": (best, train.main, [*distil, f"finetune={best}"]),
         "gan/sample.py": (gan_out / "generator.pt", gan.sample.main, [f"out_dir={gan_out}"]),
         "gan/train.py resume=true": (gan_out / "checkpoint.pt", gan.train.main, ["limit=200", *gan_resume]),
     }
