@@ -24,7 +24,8 @@ MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPE
 MIN_SIDE = 8  # pixels
 MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
-GRABCUT_SIDE = 128  # pixels: a fifteenth of a second at twice this
+GRABCUT_SIDE = 128  # pixels: the longest side of what GrabCut sees, whose time grows with the area
+CALM = 22  # grey levels from the border's median, within which at least 98 % of a plain background's border lie
 CUT_OUT, GRABCUT, WHOLE = range(3)
 
 
@@ -56,7 +57,7 @@ def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
     if cut_out is None:
         cut_out = grabcut
         found.append("nothing stands out from the background")
-    elif (np.abs(_border(grey) - background) > 22).mean() > 0.02:
+    elif (np.abs(_border(grey) - background) > CALM).mean() > 0.02:
         found.append("the background is busy")
     if objects > 1:
         found.append("there are two objects")
