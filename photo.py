@@ -7,6 +7,7 @@ the first two.
 """
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from tqdm import tqdm
 
 from config import ROOT, UserError, parse_augment
 from data_preprocessing import SHOES, task_labels
@@ -41,6 +43,22 @@ def read_photograph(path: Path) -> Photograph:
     views, warning = prepare(image)
     image.thumbnail((WORKING_SIDE // 2, WORKING_SIDE // 2))
     return Photograph(np.asarray(image), torch.from_numpy(np.stack(views)), warning)
+
+
+def read_photographs(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
+    """The photographs and their files; a line on stderr for each file that can't be read. Raises UserError if none can."""
+    files, photographs = [], []
+    for path in tqdm(paths, "photographs", disable=None if len(paths) > 10 else True, leave=False):
+        try:
+            photographs.append(read_photograph(path))
+            files.append(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            tqdm.write(str(error), file=sys.stderr)
+    if not files:
+        raise UserError(f"none of the {len(paths)} files could be read")
+    return files, photographs
 
 
 def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
 
@@ -25,7 +24,7 @@ from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import class_names, labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
-from photo import Photograph, classify, clothes_or_shoe, printable, read_photograph, select_views
+from photo import classify, clothes_or_shoe, printable, read_photographs, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
 
@@ -53,25 +52,9 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
     return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
 
 
-def read_all(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
-    """The photographs and their files; a line on stderr for each file that can't be read. Raises UserError if none can."""
-    files, photographs = [], []
-    for path in tqdm(paths, "photographs", disable=None if len(paths) > 10 else True, leave=False):
-        try:
-            photographs.append(read_photograph(path))
-            files.append(path)
-        except UserError as error:
-            if len(paths) == 1:
-                raise
-            tqdm.write(str(error), file=sys.stderr)
-    if not files:
-        raise UserError(f"none of the {len(paths)} files could be read")
-    return files, photographs
-
-
 def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
     """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
-    files, photographs = read_all(paths)
+    files, photographs = read_photographs(paths)
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
     probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []
@@ -121,7 +104,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    is_named = any(word.startswith(("recipe=", "out_dir=", "checkpoint=")) for word in words)
+    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
     path = settings.model_path if is_named or not paths else ROOT / "runs" / "photo" / "best_model.pt"
     model = move(load_model(path), choose_device(settings.device))
     if paths:

@@ -14,12 +14,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data_preprocessing import SHOES
+from data_preprocessing import task_labels
 
 TROUSER, BAG = 1, 8  # fine labels
 CUT_OUT = 0.4  # fraction of scenes on black
 STAND_OUT = 0.35  # fraction of the others from which the background is subtracted
 PAIR, WORN = 0.3, 0.2  # fractions of shoes in pairs; of garments, but bags, with a wearer
+
+
+def indices(chosen: torch.Tensor) -> torch.Tensor:
+    """Of the images for which `chosen` `(N, 1, 1, 1)` is true."""
+    return torch.nonzero(chosen.flatten()).squeeze(1)
 
 
 class Random:
@@ -40,7 +45,7 @@ class Random:
 
     def some(self, count: int, probability: float) -> torch.Tensor:
         """Indices of images, each chosen with this probability."""
-        return torch.nonzero(self.chance(count, probability).flatten()).squeeze(1)
+        return indices(self.chance(count, probability))
 
     def smooth(self, count: int, side: int) -> torch.Tensor:
         """Normal noise of `side` x `side` values, enlarged: `(count, 1, 28, 28)`."""
@@ -148,7 +153,7 @@ def background(count: int, others: torch.Tensor, draw: Random) -> torch.Tensor:
 def add_wearer(ground: torch.Tensor, fine_labels: torch.Tensor, pose: Pose, draw: Random) -> torch.Tensor:
     """Grounds with the parts of a person that show: a head and legs with a top, a body above trousers, a leg above a shoe."""
     count, (down, right) = len(ground), draw.axes()
-    is_shoe, is_trouser = (mask.view(-1, 1, 1, 1) for mask in (_is_shoe(fine_labels), fine_labels == TROUSER))
+    is_shoe, is_trouser = (mask.view(-1, 1, 1, 1) for mask in (task_labels(fine_labels, 2).bool(), fine_labels == TROUSER))
     is_top = ~is_shoe & ~is_trouser
     skin, cloth = draw.uniform(count, 0.15, 0.85), draw.uniform(count, 0, 1)
     x, y = (right - pose.right) / pose.scale, (down - pose.down) / pose.scale  # the garment is in -1..1
@@ -170,15 +175,11 @@ def stand_out(scenes: torch.Tensor) -> torch.Tensor:
     return torch.where(is_darker, (ground - scenes) / ground.clamp(min=0.01), (scenes - ground) / (1 - ground).clamp(min=0.01))
 
 
-def _is_shoe(fine_labels: torch.Tensor) -> torch.Tensor:
-    return torch.isin(fine_labels, torch.tensor(SHOES, device=fine_labels.device))
-
-
 def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -> torch.Tensor:
     """A scene with each of the garments, uint8 `(N, 1, 28, 28)` in and out."""
     count = len(images)
     layers = dress_up(cut_out(images, draw), draw)
-    is_shoe = _is_shoe(fine_labels).view(-1, 1, 1, 1)
+    is_shoe = task_labels(fine_labels, 2).bool().view(-1, 1, 1, 1)
     is_cut_out = draw.chance(count, CUT_OUT)
     is_pair = is_shoe & draw.chance(count, PAIR)
     is_worn = draw.chance(count, WORN) & ~is_pair & ~is_cut_out & (fine_labels != BAG).view(-1, 1, 1, 1)
@@ -201,11 +202,11 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     placed = place(layers, pose, 1.0, draw)
 
     result = background(count, layers.roll(1, 0), draw)
-    i = torch.nonzero(is_worn.flatten()).squeeze(1)
+    i = indices(is_worn)
     result[i] = add_wearer(result[i], fine_labels[i], Pose(*(part[i] for part in pose)), draw)
     shadow = F.avg_pool2d(placed[:, 1:], 5, 1, 2).roll((1, 1), (2, 3))
     result = result * (1 - draw.chance(count, 0.4) * draw.uniform(count, 0, 0.5) * shadow) * ~is_cut_out
-    i = torch.nonzero(is_pair.flatten()).squeeze(1)  # the other shoe
+    i = indices(is_pair)  # the other shoe
     other = Pose(*(part[i] for part in pose))
     other = other._replace(
         scale=other.scale * draw.uniform(len(i), 0.9, 1.1),
@@ -217,12 +218,12 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     result[i] = over(result[i], place(layers[i], other, 1.0, draw))
     result = over(result, placed)
 
-    i = torch.nonzero((is_cut_out & draw.chance(count, 0.3)).flatten()).squeeze(1)  # ground that was left
+    i = indices(is_cut_out & draw.chance(count, 0.3))  # ground that was left
     rest = draw.texture(len(i), 0.25).abs() * (draw.smooth(len(i), 5) > 0.8)
     result[i] = torch.maximum(result[i], rest * (1 - placed[i, 1:]))
-    i = torch.nonzero((is_cut_out & draw.chance(count, 0.12)).flatten()).squeeze(1)  # garment that was cut away
+    i = indices(is_cut_out & draw.chance(count, 0.12))  # garment that was cut away
     result[i] *= draw.smooth(len(i), 6) > -0.7
-    i = torch.nonzero((~is_cut_out & draw.chance(count, STAND_OUT)).flatten()).squeeze(1)
+    i = indices(~is_cut_out & draw.chance(count, STAND_OUT))
     result[i] = stand_out(result[i]).clamp(0, 1)
     i = draw.some(count, 0.3)
     blurred = F.avg_pool2d(F.pad(result[i], (1, 1, 1, 1), mode="replicate"), 3, 1)

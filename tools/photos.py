@@ -16,8 +16,7 @@ import plots
 from config import ROOT, UserError, resolve
 from data_preprocessing import CLASS_NAMES, SHOES
 from model import load_model
-from photo import classify, clothes_or_shoe, select_views
-from predict import read_all
+from photo import classify, clothes_or_shoe, read_photographs, select_views
 
 ALIASES = {"pants": "trouser", "longsleeve": "pullover", "outwear": "coat", "t-shirt": "t-shirt/top"}
 CLOTHES_ONLY = ("shorts", "skirt")
@@ -61,7 +60,7 @@ def measure(recipe: str, folder: str) -> None:
     paths = [path for name in names for path in sorted((root / name).iterdir())]
     if not paths:
         raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
-    files, photographs = read_all(paths)
+    files, photographs = read_photographs(paths)
     views = torch.stack([photograph.views for photograph in photographs])
     refused, backgrounds = len(paths) - len(files), read_backgrounds(root)
     ground = np.array([backgrounds.get(path, "") for path in files])
