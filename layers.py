@@ -60,6 +60,28 @@ class ResidualBlock(nn.Module):
         return self.activation(self.residual(x).add_(self.shortcut(x)))
 
 
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut, which is a 1x1 convolution of the
+    activated input where the shape changes. He et al. 2016, arXiv 1603.05027, section 4."""
+
+    def __init__(self, channels: int, output_channels: int, stride: int):
+        super().__init__()
+        self.activation = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.residual = nn.Sequential(
+            nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(output_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(output_channels, output_channels, 3, padding=1, bias=False),
+        )
+        self.shortcut = None
+        if stride > 1 or channels != output_channels:
+            self.shortcut = nn.Conv2d(channels, output_channels, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated = self.activation(x)
+        return self.residual(activated).add_(x if self.shortcut is None else self.shortcut(activated))
+
+
 class ConvBN(nn.Sequential):
     """A convolution or a linear layer, and batch normalisation of its output."""
 

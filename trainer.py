@@ -22,7 +22,7 @@ import interrupts
 from augmentation import augment
 from config import TrainSettings, UserError, parse_augment, resolve
 from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
-from device import autocast, move
+from device import autocast, capture, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
 from model import Classifier, build_model, load_imagenet_weights
@@ -68,7 +68,7 @@ class Criterion(nn.Module):
         self.aux_head = nn.Linear(model.classifier.in_features, len(CLASS_NAMES)) if has_head else None
 
     def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None
+        self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`."""
         features = self.model.forward_features(images)
@@ -96,9 +96,9 @@ class EMA(Generic[SomeModel]):
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, latest in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if mean.is_floating_point():
-                mean.lerp_(latest, 1 - decay)
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values())
+        means, latest = zip(*(pair for pair in pairs if pair[0].dtype == torch.float32))
+        torch._foreach_lerp_(means, latest, 1 - decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
@@ -198,6 +198,10 @@ class Trainer:
         trainable = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(settings, trainable)
         self.teacher = load_teacher(settings, seed, self.device) if settings.teacher else None
+        if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size:
+            first = train[:smallest]
+            logits = [torch.zeros(smallest, settings.output_dim, device=self.device)] if self.teacher else []
+            capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], *logits), precision)
 
     def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> tuple[float, float]:
         """Train on the epoch's batches; mean cross-entropy, in nats, and accuracy of its images while they were trained on.
@@ -208,7 +212,7 @@ class Trainer:
         count = self.counts[epoch - 1]
         order = self.sampler.order(count, self.generator) if self.sampler else shuffle(self.train, self.generator)
         first_step, all_steps = sum(self.steps[: epoch - 1]), sum(self.steps)
-        seen, loss_sum, correct_sum = 0, 0.0, 0.0
+        seen, sums = 0, torch.zeros(2, dtype=torch.float64, device=self.device)  # of the losses, and of the correct answers
         bar = epoch_batches(order, self.settings, epoch)
         for step, indices in enumerate(bar, first_step):
             # augmented before it is sharded, so that the random numbers are the same for any number of processes
@@ -216,8 +220,8 @@ class Trainer:
             images = distributed.shard(images)
             shard = distributed.shard(indices)
             with autocast(self.device, self.precision):
-                teacher_logits = self.teacher(images, shard) if self.teacher else None
-                loss, results = self.ddp_criterion(images, self.labels[shard], self.fine_labels[shard], teacher_logits)
+                teacher_logits = [self.teacher(images, shard).float()] if self.teacher else []
+                loss, results = self.ddp_criterion(images, self.labels[shard], self.fine_labels[shard], *teacher_logits)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} in batch {step - first_step + 1}; a smaller lr may help")
             # the mean of the processes' gradients is that of the whole batch, also if their shards differ by an image
@@ -227,17 +231,18 @@ class Trainer:
             self.optimizer.zero_grad()
             if self.ema:
                 self.ema.update(self.model, step + 1)
-            losses, correct = distributed.gather_rows(results, len(indices)).unbind(1)  # (B,) each
+            results = distributed.gather_rows(results, len(indices))  # (B, 2)
             if self.sampler:
                 known = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
-                self.sampler.record(indices[:known], losses[:known])
+                self.sampler.record(indices[:known], results[:known, 0])
             seen += len(indices)
-            loss_sum += losses.sum().item()
-            correct_sum += correct.sum().item()
+            sums += results.sum(0)
             if step % 20 == 0:
-                bar.set_postfix_str(f"loss {loss_sum / seen:.4f}, accuracy {correct_sum / seen:.2%}")
+                mean_loss, accuracy = (sums / seen).tolist()
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}")
             interrupts.check()
-        return loss_sum / seen, correct_sum / seen
+        mean_loss, accuracy = (sums / seen).tolist()
+        return mean_loss, accuracy
 
     def run_epoch(self, epoch: int, epochs: Sequence[dict]) -> dict:
         """Train and validate; the epoch's line of history, after the lines `epochs`. Raises UserError, naming the epoch."""
