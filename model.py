@@ -17,7 +17,7 @@ applies to each.
 | deep_cnn, deep_cnn_dropout | 243,786, 225,034 | System 2, versions A and B |
 | compact_cnn | 98,442 | System 4 |
 | resnet8, resnet14, resnet14_photo | 77,754, 99,418, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
-| resnet20, resnet20_wide | 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
+| resnet20, resnet20_wide, resnet20_wide_photo | 271,994, 1,083,626, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | fast_cnn | 29,178 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
@@ -184,6 +184,13 @@ def resnet20_wide(output_dim: int) -> Classifier:
     return _preactivation_resnet(output_dim, 32, 64, 128)
 
 
+def resnet20_wide_photo(output_dim: int) -> Classifier:
+    """resnet20_wide that standardises each image by itself."""
+    model = resnet20_wide(output_dim)
+    model.features[0] = StandardizedConv2d(1, 32, 3, padding=1, bias=False)
+    return model
+
+
 def resnet18(output_dim: int) -> Classifier:
     """torchvision's, with one input channel."""
     from torchvision.models import resnet18  # here, because torchvision takes a second to import
@@ -225,6 +232,7 @@ _FUNCTIONS = (
     resnet14_photo,
     resnet20,
     resnet20_wide,
+    resnet20_wide_photo,
     resnet18,
     resnet18_56,
     fast_cnn,
