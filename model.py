@@ -17,7 +17,7 @@ applies to each.
 | deep_cnn, deep_cnn_dropout | 243,786, 225,034 | System 2, versions A and B |
 | compact_cnn | 98,442 | System 4 |
 | resnet8, resnet14, resnet14_photo | 77,754, 99,418, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
-| resnet20, resnet20_wide, resnet20_wide_photo | 271,994, 1,083,626, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
+| resnet8_thin, resnet20, resnet20_wide | 19,146, 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | fast_cnn | 29,178 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
@@ -32,7 +32,15 @@ from torch import nn
 
 import checkpoint
 from config import UserError
-from layers import PreActivationBlock, ResidualBlock, SomeModel, StandardizedConv2d, WhitenedConv2d, add_batch_norm, fuse_batch_norm
+from layers import (
+    PreActivationBlock,
+    ResidualBlock,
+    SomeModel,
+    StandardizedConv2d,
+    WhitenedConv2d,
+    add_batch_norm,
+    fuse_batch_norm,
+)
 
 
 class Classifier(nn.Module):
@@ -165,23 +173,28 @@ def resnet14_photo(output_dim: int) -> Classifier:
     return model
 
 
-def _preactivation_resnet(output_dim: int, *channels: int) -> Classifier:
-    """A 3x3 convolution, then stages of three pre-activation blocks with so many channels. The side halves from one stage to
-    the next: 28, 14, 7."""
+def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], blocks: int) -> Classifier:
+    """A 3x3 convolution, then three stages with so many channels, each of so many pre-activation blocks. The side halves from
+    one stage to the next: 28, 14, 7."""
     layers: list[nn.Module] = [nn.Conv2d(1, channels[0], 3, padding=1, bias=False)]
     for before, after, stride in zip((channels[0], *channels), channels, (1, 2, 2)):
-        layers += [PreActivationBlock(before, after, stride), *(PreActivationBlock(after, after, 1) for _ in range(2))]
+        layers += [PreActivationBlock(before, after, stride), *(PreActivationBlock(after, after, 1) for _ in range(blocks - 1))]
     layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 7, 7) -> (N, channels)
     return Classifier(nn.Sequential(*layers), channels[-1], output_dim)
 
 
+def resnet8_thin(output_dim: int) -> Classifier:
+    """At most 20,000 parameters."""
+    return _preactivation_resnet(output_dim, (16, 16, 24), blocks=1)
+
+
 def resnet20(output_dim: int) -> Classifier:
-    return _preactivation_resnet(output_dim, 16, 32, 64)
+    return _preactivation_resnet(output_dim, (16, 32, 64), blocks=3)
 
 
 def resnet20_wide(output_dim: int) -> Classifier:
-    return _preactivation_resnet(output_dim, 32, 64, 128)
+    return _preactivation_resnet(output_dim, (32, 64, 128), blocks=3)
 
 
 def resnet20_wide_photo(output_dim: int) -> Classifier:
@@ -230,6 +243,7 @@ _FUNCTIONS = (
     resnet8,
     resnet14,
     resnet14_photo,
+    resnet8_thin,
     resnet20,
     resnet20_wide,
     resnet20_wide_photo,

@@ -30,6 +30,7 @@ PARAMETERS = {
     "resnet8": 77_754,
     "resnet14": 99_418,
     "resnet14_photo": 99_418,
+    "resnet8_thin": 19_146,
     "resnet20": 271_994,
     "resnet20_wide": 1_083_626,
     "resnet20_wide_photo": 1_083_626,
