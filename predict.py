@@ -52,6 +52,13 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
     return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
 
 
+def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
+    """The model that the settings name or, if they name none, that of recipe=photo; whether it is the latter."""
+    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
+    path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
+    return move(load_model(path), choose_device(settings.device)), not is_named
+
+
 def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
     """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
     files, photographs = read_photographs(paths)
@@ -104,11 +111,10 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
-    path = settings.model_path if is_named or not paths else ROOT / "runs" / "photo" / "best_model.pt"
-    model = move(load_model(path), choose_device(settings.device))
     if paths:
-        return predict_photographs(model, paths, settings.out_path, says_shoe=not is_named)
+        model, is_photo = load_for_photographs(settings)
+        return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)
+    model = move(load_model(settings.model_path), choose_device(settings.device))
     images, fine_labels = load_images("t10k", settings.data_path)
     index = settings.index if settings.index >= 0 else random.randrange(len(images))
     labels = labels_for(model.metadata["class_names"], fine_labels)
