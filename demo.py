@@ -29,13 +29,12 @@ from model import Classifier, freeze, load_model
 from occlusion import occlusion_map
 from photo import classify, clothes_or_shoe, read_photograph, select_views
 from predict import load_for_photographs
-from script import load_settings, run_script
+from script import import_extra, load_settings, run_script
 from transfer.shoe_images import load_shoes, make_part
 from transfer.train_eval import TransferSettings, learn_classes
 
 MAX_CLASSES = 6
 EXAMPLES = [0, 1, 5, 6, 19, 23]  # training images
-LEGEND = "Above: what the network sees. Below: what is red speaks for the answer, what is blue against it."
 CSS = "footer {display: none !important} .note {border-left: 4px solid #e07b00; padding: 0.4rem 0.8rem}"
 
 
@@ -47,13 +46,8 @@ class DemoSettings(ModelFileSettings):
 
 def draw_views(model: Classifier, views: torch.Tensor, label: int) -> Image.Image:
     """Views, uint8 `(V, 28, 28)`, side by side, and below them what mattered to the probability of class `label`."""
-    columns = []
-    for view in views:
-        fall = occlusion_map(model, view.unsqueeze(0), label)
-        grey = np.repeat(view[:, :, None].numpy() / 255, 3, 2)  # (28, 28, 3)
-        column = np.concatenate([grey, np.ones((1, 28, 3)), plots.overlay_map(view.numpy(), fall.numpy())])
-        columns += [column, np.ones((57, 1, 3))]
-    pixels = (np.concatenate(columns[:-1], 1) * 255).astype(np.uint8)
+    maps = torch.stack([occlusion_map(model, view.unsqueeze(0), label) for view in views])
+    pixels = (plots.tile(views.numpy(), maps.numpy()) * 255).astype(np.uint8)
     return ImageOps.scale(Image.fromarray(pixels), 8, Image.Resampling.NEAREST)
 
 
@@ -82,11 +76,7 @@ def save_examples(images: torch.Tensor, folder: Path, name: str) -> list[str]:
 def serve(settings: DemoSettings, folder: Path) -> str:
     """Build the page, with its example images in `folder`, and serve it from a thread; its address."""
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-    try:
-        import gradio as gr  # here: it is optional, and reads these variables
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no package {error.name}; pip install -r requirements-extra.txt") from None
-
+    gr = import_extra("gradio")  # reads these variables
     model, _ = load_for_photographs(settings)
     teach_settings = TransferSettings(data_dir=settings.data_dir, seed=settings.seed)
     frozen = freeze(load_model(resolve(teach_settings.checkpoint)))
@@ -135,7 +125,7 @@ def serve(settings: DemoSettings, folder: Path) -> str:
                 outputs = [gr.HTML(visible=False), gr.Label(label="Clothes or shoe", visible=False)]
                 outputs.append(gr.Label(label="Class", num_top_classes=3))
                 outputs.append(gr.Image(show_label=False, interactive=False, buttons=[]))
-                gr.Markdown(LEGEND)
+                gr.Markdown(f"Above: what the network sees. Below: what mattered; {plots.LEGEND}.")
         return image, outputs
 
     def add_class(number: int):
@@ -150,7 +140,9 @@ def serve(settings: DemoSettings, folder: Path) -> str:
             photograph, outputs = add_trial("A garment or a shoe", garments)
             photograph.change(partial(show, model), photograph, outputs)
         with gr.Tab("Teach"):
-            gr.Markdown("Give each class a name and two or more photographs. The network's last layer learns them.")
+            gr.Markdown(
+                "Give each class a name and two or more photographs, of each as many. The network's last layer learns them."
+            )
             with gr.Row():
                 classes = [add_class(number) for number in (1, 2)]
             with gr.Accordion("More classes", open=False), gr.Row():

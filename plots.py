@@ -31,6 +31,7 @@ from checkpoint import best_epoch, read_history, write_atomically
 MAX_PREDICTIONS = 10  # rows in one picture
 MAX_IN_SHEET = 200  # images in one picture
 FULL_COLOUR = 0.4  # change of a probability that has the full colour in a map of what mattered
+LEGEND = f"covering a red part lowers the probability, a blue one raises it; in full colour by {FULL_COLOUR * 100:.0f} points"
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "legend.frameon": False}
 
@@ -300,6 +301,14 @@ def overlay_map(view: np.ndarray, fall: np.ndarray) -> np.ndarray:
     return (1 - strength) * grey + strength * np.where(fall > 0, to_rgb(RED), to_rgb(BLUE))
 
 
+def tile(views: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """RGB in 0..1, `(H, W, 3)`: views, uint8 `(V, 28, 28)`, and what mattered in each, of occlusion.py, `(V, 28, 28)`."""
+    tiles = [np.repeat(view[..., None] / 255, 3, 2) for view in views] + list(map(overlay_map, views, maps))
+    tiles = [np.pad(tile, ((0, 0), (1, 1), (0, 0)), constant_values=1) for tile in tiles]
+    columns = max(2, len(views))  # a single view has its map beside it, several have theirs below them
+    return np.concatenate([np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)])
+
+
 def draw_predictions(
     originals: Sequence[np.ndarray],
     views: Sequence[np.ndarray],
@@ -321,16 +330,11 @@ def draw_predictions(
     count = len(class_names) if rows == 1 else min(3, len(class_names))  # bars
     with picture(path, (8.5, max(2.4 if rows == 1 else 2.1, 0.6 + 0.27 * count) * rows)) as figure:
         grid = figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1.2, 1.1))
-        legend = "What mattered: covering a red part lowers the probability, covering a blue one raises it; in full colour by"
-        figure.supxlabel(f"{legend} {FULL_COLOUR * 100:.0f} points", fontsize=8)
+        figure.supxlabel(f"What mattered: {LEGEND}", fontsize=8)
         for (before, after, bars), original, view, fall, title, probability, truth in zip(
             grid, originals, views, maps, titles, probabilities, true
         ):
-            tiles = [np.repeat(grey[..., None] / 255, 3, 2) for grey in view] + list(map(overlay_map, view, fall))
-            tiles = [np.pad(tile, ((0, 0), (1, 1), (0, 0)), constant_values=1) for tile in tiles]
-            columns = max(2, len(view))  # a single view has its map beside it, several have theirs below them
-            sheet = np.concatenate([np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)])
-            for axes, image, heading in ((before, original, title), (after, sheet, "model input; what mattered")):
+            for axes, image, heading in ((before, original, title), (after, tile(view, fall), "model input; what mattered")):
                 axes.imshow(image, cmap="gray", vmin=0, vmax=255)
                 axes.set_title(heading, fontsize=9, parse_math=False)
                 axes.axis("off")

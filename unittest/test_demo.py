@@ -47,7 +47,7 @@ def page(server):
     chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
     with playwright.sync_playwright() as driver:
         tab = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
-        tab.set_default_timeout(10_000)
+        tab.set_default_timeout(30_000)
         tab.requested = []
         tab.on("request", lambda request: tab.requested.append(request.url))
         tab.goto(server[1])
