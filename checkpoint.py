@@ -28,7 +28,7 @@ KINDS = {  # kind of file -> (keys it must have, the script that makes it)
     "gan_checkpoint": (_STATE | {"generator", "discriminator", "samples"}, "gan/train.py"),
 }
 REPLACE_ATTEMPTS = 50  # a tenth of a second apart
-MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume"}
+MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume", "log"}
 
 
 def write_atomically(path: Path, contents: bytes) -> None:

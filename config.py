@@ -207,6 +207,7 @@ class RunSettings(TrainSettings):
     folds: int = setting(0, "K > 1: K-fold cross-validation, one model per fold; 0 = none", ge=0, le=100)
     runs: int = setting(1, "N models, each with its own split and seed; the best on validation images is kept", ge=1, le=100)
     resume: bool = setting(False, "continue from out_dir/checkpoint.pt")
+    log: Literal["none", "tensorboard"] = setting("none", "beside history.jsonl: tensorboard = also to out_dir/tensorboard")
 
     @property
     def out_path(self) -> Path:

@@ -22,6 +22,7 @@ except ValueError:  # MPLBACKEND names a backend that is not installed here, as 
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
@@ -29,6 +30,8 @@ from checkpoint import best_epoch, read_history, write_atomically
 
 MAX_PREDICTIONS = 10  # rows in one picture
 MAX_IN_SHEET = 200  # images in one picture
+FULL_COLOUR = 0.4  # change of a probability that has the full colour in a map of what mattered
+LEGEND = f"covering a red part lowers the probability, a blue one raises it; in full colour by {FULL_COLOUR * 100:.0f} points"
 BLUE, ORANGE, RED, GREEN = "#1f6fb2", "#e07b00", "#c0392b", "#2e8b57"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25, "legend.frameon": False}
 
@@ -290,33 +293,53 @@ def draw_time_to_accuracy(
         axes.legend(loc="upper left", fontsize=8)
 
 
+def overlay_map(view: np.ndarray, fall: np.ndarray) -> np.ndarray:
+    """RGB in 0..1, `(28, 28, 3)`: the view, uint8 `(28, 28)`, in pale grey; red where covering it lowers the probability, blue
+    where it raises it. `fall` `(28, 28)` is of occlusion.py, in -1..1; from FULL_COLOUR on, the colour is full."""
+    grey, fall = 0.4 + 0.5 * view[..., None] / 255, fall[..., None]
+    strength = 0.9 * np.minimum(np.abs(fall) / FULL_COLOUR, 1)
+    return (1 - strength) * grey + strength * np.where(fall > 0, to_rgb(RED), to_rgb(BLUE))
+
+
+def tile(views: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """RGB in 0..1, `(H, W, 3)`: views, uint8 `(V, 28, 28)`, and what mattered in each, of occlusion.py, `(V, 28, 28)`."""
+    tiles = [np.repeat(view[..., None] / 255, 3, 2) for view in views] + list(map(overlay_map, views, maps))
+    tiles = [np.pad(tile, ((0, 0), (1, 1), (0, 0)), constant_values=1) for tile in tiles]
+    columns = max(2, len(views))  # a single view has its map beside it, several have theirs below them
+    return np.concatenate([np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)])
+
+
 def draw_predictions(
     originals: Sequence[np.ndarray],
     views: Sequence[np.ndarray],
+    maps: Sequence[np.ndarray],
     titles: Sequence[str],
     probabilities: np.ndarray,
     class_names: Sequence[str],
     true: Sequence[int | None],
     path: Path,
 ) -> None:
-    """A row per sample, up to MAX_PREDICTIONS: the original, the model's input, the probability of each class or, of
-    several samples, of the three most probable ones.
+    """A row per sample, up to MAX_PREDICTIONS: the original; the model's views and maps of what mattered in them; the
+    probability of each class or, of several samples, of the three most probable ones.
 
-    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(28, any)`, `probabilities` `(M, C)` in
-    0..1. The bar of the true class is green where it is known, that of a wrong prediction red.
+    `originals` are grey `(H, W)` or RGB `(H, W, 3)` uint8, `views` uint8 `(V, 28, 28)`, `maps` float `(V, 28, 28)` as
+    `overlay_map` has them, `probabilities` `(M, C)` in 0..1. The bar of the true class is green where it is known, that of a
+    wrong prediction red.
     """
     rows = min(len(views), MAX_PREDICTIONS)
     count = len(class_names) if rows == 1 else min(3, len(class_names))  # bars
-    with picture(path, (8.5, max(2.4 if rows == 1 else 1.7, 0.6 + 0.27 * count) * rows)) as figure:
-        for (before, after, bars), original, view, title, probability, truth in zip(
-            figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1, 1.3)), originals, views, titles, probabilities, true
+    with picture(path, (8.5, max(2.4 if rows == 1 else 2.1, 0.6 + 0.27 * count) * rows)) as figure:
+        grid = figure.subplots(rows, 3, squeeze=False, width_ratios=(1, 1.2, 1.1))
+        figure.supxlabel(f"What mattered: {LEGEND}", fontsize=8)
+        for (before, after, bars), original, view, fall, title, probability, truth in zip(
+            grid, originals, views, maps, titles, probabilities, true
         ):
-            for axes, image, heading in ((before, original, title), (after, view, "model input")):
+            for axes, image, heading in ((before, original, title), (after, tile(view, fall), "model input; what mattered")):
                 axes.imshow(image, cmap="gray", vmin=0, vmax=255)
                 axes.set_title(heading, fontsize=9, parse_math=False)
                 axes.axis("off")
-            winner = int(probability.argmax())
-            labels = range(count) if rows == 1 else np.argsort(-probability, kind="stable")[:count].tolist()
+            order = np.argsort(-probability, kind="stable")
+            winner, labels = order[0], range(count) if rows == 1 else order[:count].tolist()
             bars.set_yticks(range(count), [class_names[label] for label in labels], parse_math=False)
             for y, label in enumerate(labels):
                 value, is_winner = probability[label], label == winner
@@ -328,4 +351,5 @@ def draw_predictions(
             bars.set(xlim=(0, 1), xlabel="probability" if rows == 1 else "")
             bars.xaxis.set_major_formatter(PercentFormatter(1))
             title = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
+            title += f"\nrunner-up {class_names[order[1]]}" if len(class_names) > 2 else ""
             bars.set_title(title, fontsize=9, parse_math=False)

@@ -2,7 +2,7 @@
 
 An IMAGE is a file, a folder or a pattern. The model of recipe=photo says clothes or shoe, and which of the ten classes; recipe,
 out_dir or checkpoint name another model. `index=N` takes test image N; with neither, a random one is taken, by Task 1's model.
-Prints the predictions and writes predictions.csv and plots/prediction*.png in out_dir.
+Prints the predictions and writes predictions.csv and plots/prediction*.png, with what mattered in each view, in out_dir.
 """
 
 import csv
@@ -24,6 +24,7 @@ from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import class_names, labels_for, load_images
 from device import choose_device, move
 from model import Classifier, load_model
+from occlusion import occlusion_map
 from photo import classify, clothes_or_shoe, printable, read_photographs, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
@@ -42,14 +43,21 @@ def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Te
     names, view, label = model.metadata["class_names"], images[index], int(labels[index])  # view (1, 28, 28)
     probability = infer(model, view.unsqueeze(0)).softmax(1)
     print(f"test image {index}: predicted {answer(probability[0], names)}, true {names[label]}")
-    pixels = view[0].numpy()
+    fall = occlusion_map(model, view, int(probability.argmax()))[None].numpy()
     titles = [f"test image {index}"]
-    plots.draw_predictions([pixels], [pixels], titles, probability.numpy(), names, [label], path)
+    plots.draw_predictions([view[0].numpy()], [view.numpy()], [fall], titles, probability.numpy(), names, [label], path)
     print(f"wrote {path}")
 
 
 def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
     return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
+
+
+def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
+    """The model that the settings name or, if they name none, that of recipe=photo; whether it is the latter."""
+    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
+    path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
+    return move(load_model(path), choose_device(settings.device)), not is_named
 
 
 def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
@@ -62,9 +70,10 @@ def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_sh
         answers = [answer(probability, names)]
         if says_shoe:
             answers.insert(0, answer(clothes_or_shoe(probability), class_names(2)))
-        note = f"; {photograph.warning}" if photograph.warning else ""
-        print(f"{printable(path.name)}: predicted {', '.join(answers)}{note}")
         best, runner_up = probability.topk(2).indices.tolist()
+        notes = [f"runner-up {names[runner_up]}, {probability[runner_up]:.2%}"] if len(names) > 2 else []
+        notes += [photograph.warning] if photograph.warning else []
+        print("; ".join([f"{printable(path.name)}: predicted {', '.join(answers)}", *notes]))
         rows.append((printable(str(path)), names[best], f"{probability[best]:.4f}", names[runner_up], photograph.warning))
         titles.append("\n".join([printable(path.name), *answers[:-1]]))
     table = io.StringIO()
@@ -72,11 +81,14 @@ def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_sh
     checkpoint.write_atomically(out / "predictions.csv", table.getvalue().encode())
     for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
-        originals = [photograph.picture for photograph in photographs[part]]
-        inputs = list(views[part].transpose(1, 2).flatten(2).numpy())  # (N, V, 28, 28) -> (N, 28, V * 28)
+        originals, labels = [photograph.picture for photograph in photographs[part]], probabilities[part].argmax(1).tolist()
+        maps = [
+            torch.stack([occlusion_map(model, view.unsqueeze(0), label) for view in some]).numpy()  # (V, 28, 28)
+            for some, label in zip(views[part], labels)
+        ]
+        inputs, chances, unknown = list(views[part].numpy()), probabilities[part].numpy(), [None] * len(maps)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
-        unknown = [None] * len(inputs)
-        plots.draw_predictions(originals, inputs, titles[part], probabilities[part].numpy(), names, unknown, path)
+        plots.draw_predictions(originals, inputs, maps, titles[part], chances, names, unknown, path)
         print(f"wrote {path}")
 
 
@@ -104,11 +116,10 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
-    path = settings.model_path if is_named or not paths else ROOT / "runs" / "photo" / "best_model.pt"
-    model = move(load_model(path), choose_device(settings.device))
     if paths:
-        return predict_photographs(model, paths, settings.out_path, says_shoe=not is_named)
+        model, is_photo = load_for_photographs(settings)
+        return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)
+    model = move(load_model(settings.model_path), choose_device(settings.device))
     images, fine_labels = load_images("t10k", settings.data_path)
     index = settings.index if settings.index >= 0 else random.randrange(len(images))
     labels = labels_for(model.metadata["class_names"], fine_labels)

@@ -1,7 +1,7 @@
 """A training run in a folder: resume, the loop over epochs, and what is written after each of them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import checkpoint
@@ -70,8 +70,9 @@ class Run:
         patience = getattr(self.settings, "patience", 0)
         return is_done(epochs_of_run(self.history, number), self.settings.epochs, patience)
 
-    def fit(self, trainer, number: int = 1) -> Iterator[dict]:
-        """Train model `number` until it is done. Yields each epoch's line of history, when everything is on disk.
+    def fit(self, trainer, number: int = 1, log: Callable[[dict], None] | None = None) -> Iterator[dict]:
+        """Train model `number` until it is done. Yields each epoch's line of history, when everything is on disk, and calls
+        `log` with it before: so a log may be an epoch ahead of the checkpoint, never behind.
 
         Raises UserError if the checkpoint is another model's, and what the trainer raises.
         """
@@ -85,6 +86,8 @@ class Run:
             epochs = epochs_of_run(self.history, number)
             line = trainer.run_epoch(len(epochs) + 1, epochs)
             line = {"run": number, **line} if self.count > 1 else line
+            if log:
+                log(line)
             self.history.append(line)
             best = checkpoint.best_epoch(self.history) if "valid_loss" in line else line
             common = {**trainer.metadata(), "epoch": line["epoch"], "best": best}

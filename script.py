@@ -2,13 +2,14 @@
 
 import atexit
 import contextlib
+import importlib
 import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -89,6 +90,14 @@ def describe(settings_type: type[Settings], values: dict) -> str:
                 kind += "".join(f", {sign} {getattr(rule, bound)}" for rule in field.metadata if hasattr(rule, bound))
             lines.append(f"{key}={as_text(values.get(key, field.default))}  ({kind})\n    {field.description}")
     return "\n".join(lines)
+
+
+def import_extra(name: str) -> Any:
+    """A module that needs a package of requirements-extra.txt. Raises UserError if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no package {error.name}; pip install -r requirements-extra.txt") from None
 
 
 class Output:

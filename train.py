@@ -54,7 +54,13 @@ def main(arguments: list[str]) -> None:
             name = "" if count == 1 else f"{'fold' if settings.folds else 'run'} {number}/{count}: "
             sizes = f"{len(split.train):,} training, {len(split.valid):,} validation images"
             print(f"{name}{sizes}; {device} in {str(precision)[6:]}")
-            for line in run.fit(trainer, number):
+            log = None
+            if settings.log != "none" and distributed.rank() == 0:
+                from logger import LOGGERS  # here, because it imports matplotlib
+
+                folder = run.out / settings.log / (f"run_{number}" if count > 1 else "")
+                log = LOGGERS[settings.log](folder, trainer, len(epochs_of_run(run.history, number))).write
+            for line in run.fit(trainer, number, log):
                 is_best = line is checkpoint.best_epoch(run.history)
                 print(
                     f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "

@@ -29,7 +29,7 @@ from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
 from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
-from transfer.shoe_images import draw_picks, load_shoes, read_parts
+from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
 
 UNLABELLED = 1_500  # training images, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
@@ -161,16 +161,27 @@ def summarise(values: list[float], images: int) -> dict:
     return {"mean": mean, "std": std, "min": min(values), "max": max(values), "ci95": interval}
 
 
-def save_model(model: Classifier, layer: dict, before: dict, classes: tuple[str, ...], settings: TransferSettings) -> None:
-    """Replace the last layer by `layer`, weight `(C, D)` and bias `(C,)`, and save the model, which else is as `before`."""
+def replace_last_layer(
+    model: Classifier, layers: tuple[torch.Tensor, torch.Tensor], classes: tuple[str, ...], settings: TransferSettings
+) -> Classifier:
+    """The model on the CPU, its last layer replaced by the first episode's of weights `(E, C, D)` and biases `(E, C)`."""
+    weights, biases = layers
     model = model.cpu()
-    model.classifier = nn.Linear(layer["weight"].shape[1], len(classes))
-    model.classifier.load_state_dict(layer)
-    check_frozen(model, before)
+    model.classifier = nn.Linear(weights.shape[2], len(classes))
+    model.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
     metadata = {key: model.metadata[key] for key in ("architecture", "activation", "epoch")}
     metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": settings.model_dump()}
-    contents = {"kind": "best_model", **metadata, "versions": checkpoint.versions(), "model": model.state_dict()}
-    checkpoint.save(settings.out_path / "best_model.pt", contents)
+    model.metadata = metadata | {"versions": checkpoint.versions()}
+    return model
+
+
+def learn_classes(model: Classifier, part: Part, settings: TransferSettings) -> Classifier:
+    """A copy of the frozen model whose last layer is learned, our way, from `settings.shots` images of each of the part's
+    classes; 0 is as many as the smallest class has."""
+    learner = build_learners(model, len(part.classes), part.images, settings)[OURS]
+    picks = draw_picks(part.counts, settings.shots or min(part.counts), 1, None)
+    layers = learner.fit(learner.embed(part.images)[picks])
+    return replace_last_layer(copy.deepcopy(model), layers, part.classes, settings)
 
 
 def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, rows: dict, folder: Path) -> None:
@@ -219,8 +230,9 @@ def main(arguments: list[str]) -> None:
     picks = draw_picks(episodes.kept.counts, episodes.shots, 1, None)
     learner, is_embedded = learners[OURS], episodes.kept is episodes.drawn
     supports = episodes.supports[OURS] if is_embedded else learner.embed(episodes.kept.images)
-    weights, biases = learner.fit(supports[picks])
-    save_model(model, {"weight": weights[0], "bias": biases[0]}, before, episodes.classes, settings)
+    model = replace_last_layer(model, learner.fit(supports[picks]), episodes.classes, settings)
+    check_frozen(model, before)
+    checkpoint.save(out / "best_model.pt", {"kind": "best_model", **model.metadata, "model": model.state_dict()})
     draw_pictures(model, episodes, picks, rows, out / "plots")
     ours = report.pop(OURS)
     scores = {

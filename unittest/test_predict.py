@@ -247,6 +247,21 @@ def test_predictions_are_listed_in_a_table(folder, out):
     assert all({row["class"], row["runner_up"]} == {"clothes", "shoe"} and float(row["probability"]) >= 0.5 for row in rows)
 
 
+def test_a_picture_has_a_map_for_each_view(folder, out, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(predict.plots, "draw_predictions", lambda *arguments: drawn.append(arguments))
+    predict.main([f"out_dir={out}", str(folder)])
+    _, views, maps, *_ = drawn[0]
+    assert np.shape(views) == np.shape(maps) == (3, 2, 28, 28) and np.any(maps, (2, 3)).all()
+
+
+def test_a_map_is_red_where_the_probability_falls_and_blue_where_it_rises():
+    fall = np.zeros((28, 28))
+    fall[0], fall[1] = 1, -1
+    red, blue, grey = (predict.plots.overlay_map(np.zeros((28, 28), np.uint8), fall)[row, 0] for row in (0, 1, 2))
+    assert red.argmax() == 0 and blue.argmax() == 2 and np.ptp(grey) == 0
+
+
 def test_more_files_than_a_picture_holds_take_several(folder, out, monkeypatch):
     monkeypatch.setattr(predict.plots, "MAX_PREDICTIONS", 2)
     predict.main([f"out_dir={out}", str(folder)])
@@ -259,7 +274,8 @@ def test_without_a_recipe_there_are_two_answers(folder, capsys, monkeypatch):
     predict.main([str(folder / "a shoe.png")])
     predict.main(["recipe=photo", str(folder / "a shoe.png")])
     both, one, *_ = (line for line in capsys.readouterr().out.splitlines() if "predicted" in line)
-    assert re.fullmatch(r"a shoe\.png: predicted (clothes|shoe) \(\d+\.\d\d%\), [\w/ -]+ \(\d+\.\d\d%\)", both)
+    answers = r"(clothes|shoe) \(\d+\.\d\d%\), [\w/ -]+ \(\d+\.\d\d%\)"
+    assert re.fullmatch(rf"a shoe\.png: predicted {answers}; runner-up [\w/ -]+, \d+\.\d\d%", both)
     assert one == re.sub(r"(clothes|shoe) \(.*?\), ", "", both)
 
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from config import ROOT, RunSettings
+from config import ROOT, RunSettings, UserError
 from interrupts import Interrupted
-from script import load_settings, run_script
+from script import import_extra, load_settings, run_script
 
 SCRIPT = f"""
 import atexit, sys, threading, time
@@ -98,3 +98,9 @@ def test_a_wrong_setting_ends_a_real_script_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "predict.py"), f"out_dir={tmp_path}"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DISPLAY": ""})
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "best_model.pt" in ended.stderr
+
+
+def test_a_missing_package_of_the_extras_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"no package onnxruntime; pip install -r requirements-extra\.txt"):
+        import_extra("onnxruntime")

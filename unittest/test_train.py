@@ -439,7 +439,7 @@ SETTINGS = [  # each after those without which it has no effect
 ]
 ELSEWHERE = {  # their effects have tests of their own
     *("recipe", "data_dir", "out_dir", "device", "pretrained", "runs", "resume", "patience", "ema_decay"),
-    *("teacher", "distill_weight", "gan_fraction", "generator", "finetune"),
+    *("teacher", "distill_weight", "gan_fraction", "generator", "finetune", "log"),
 }
 
 

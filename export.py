@@ -1,0 +1,90 @@
+"""Export a model for programs without PyTorch: `python export.py [recipe=NAME] [checkpoint=FILE] [key=value ...]`.
+
+Writes model.onnx into out_dir. It takes uint8 images `(N, 1, 28, 28)` of any N, garment bright on black, and returns
+probabilities `(N, classes)`. Its metadata say what the classes are, how to prepare an image, and where the model comes from.
+Before it is written, onnxruntime computes 1,000 test images; if it differs from PyTorch, the exit code is 1.
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
+
+import checkpoint
+from config import ModelFileSettings
+from data_preprocessing import load_images
+from model import Classifier, load_model
+from script import import_extra, load_settings, run_script
+from trainer import infer
+
+MAX_DIFFERENCE = 1e-4  # of a probability
+
+
+def to_onnx(model: Classifier) -> bytes:
+    """The contents of an ONNX file of the model with softmax. Raises UserError if a package is missing."""
+    import_extra("onnx")
+    import_extra("onnxscript")
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        program = torch.onnx.export(
+            torch.nn.Sequential(model, torch.nn.Softmax(1)).eval(),
+            (images,),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: "N"},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # as with dynamo=True
+    proto = program.model_proto
+    for key, value in describe(model).items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
+
+
+def describe(model: Classifier) -> dict[str, str]:
+    """The metadata of the ONNX file; `class_names`, `settings`, `best`, `versions` and `machine` are JSON."""
+    preparation = (
+        "uint8 (N, 1, 28, 28); one garment, bright (255) on black (0). Of a photograph: cut the object out, longest side 28 "
+        "pixels, in grey, dark on light inverted, centred on black; photo.py does it. The model itself normalises: "
+        f"pixels / 255, minus {model.mean.item():.6g}, divided by {model.std.item():.6g}"
+    )
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in model.metadata.items()}
+    return {"preparation": preparation, **texts}
+
+
+def main(arguments: list[str]) -> None:
+    settings = load_settings(arguments, ModelFileSettings)
+    onnxruntime = import_extra("onnxruntime")
+    model = load_model(settings.model_path)
+    images = load_images("t10k", settings.data_path)[0][:1000]
+    contents = to_onnx(model)
+    session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    pixels, singles = images.numpy(), images[:100, None].numpy()  # (1000, 1, 28, 28), (100, 1, 1, 28, 28)
+    started = time.perf_counter()
+    for single in singles:
+        session.run(None, {"images": single})
+    middle = time.perf_counter()
+    probabilities = torch.from_numpy(session.run(None, {"images": pixels})[0])
+    one_by_one, together = (middle - started) / len(singles), (time.perf_counter() - middle) / len(pixels)  # seconds per image
+    difference = (infer(model, images).softmax(1) - probabilities).abs().max().item()
+    report = f"largest difference from PyTorch on {len(images):,} test images {difference:.1e}"
+    if not difference <= MAX_DIFFERENCE:
+        print(f"error: {report}; at most {MAX_DIFFERENCE:.0e} is allowed; nothing was written", file=sys.stderr)
+        raise SystemExit(1)
+    path = settings.out_path / "model.onnx"
+    checkpoint.write_atomically(path, contents)
+    print(
+        f"{report}; {len(contents) / 1e6:.2f} MB; onnxruntime: {one_by_one * 1e3:.2f} ms per image one by one, "
+        f"{together * 1e3:.2f} ms in a batch of {len(pixels):,}; wrote {path}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
