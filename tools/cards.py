@@ -58,15 +58,14 @@ def card(network: str) -> str:
     if not (path.parent / "scores.json").exists():
         raise UserError(f"{path}: has no scores.json beside it; run test.py there first")
     scores = json.loads((path.parent / "scores.json").read_text())
-    root = "../" * network.count("/")
-    name, kind = (path.parent.name, "classes") if network.startswith("runs/") else (str(path.parent), "")
+    root, recipe = "../" * network.count("/"), path.parent.name if network.startswith("runs/") else ""
     if path.stem == "generator":
         kind, title, rows = "gan", "The conditional GAN's generator", gan_figures(scores)
     elif "shots" in scores:
         kind, title, rows = "task 2", "Task 2: flats or heels", few_shot_figures(scores)
     else:
-        kind = "photo" if "scene" in parse_augment(contents["settings"]["augment"]) else kind or "task 1"
-        recipe = "" if kind == "task 1" else name
+        has_scenes = "scene" in parse_augment(contents["settings"]["augment"])
+        kind = "photo" if has_scenes else "classes" if recipe else "task 1"
         title = f"`{recipe}`: {scores['task']}" if recipe else f"Task 1: {scores['task']}"
         history = checkpoint.read_history(path.with_name("history.jsonl"))[1]
         rows = figures(scores) | training_figures(contents, history, recipe, root)
