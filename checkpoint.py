@@ -173,7 +173,8 @@ def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, 
     if not is_same:
         raise UserError(
             f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
-            f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or leave it out"
+            f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or name none, "
+            "as in teacher= or finetune="
         )
 
 

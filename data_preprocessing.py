@@ -29,6 +29,7 @@ CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", 
 CLOTHES_OR_SHOE = ("clothes", "shoe")  # Task 1's classes
 SHOES = (5, 7, 9)  # fine labels
 TITLES = {FASHION_MNIST: "Fashion-MNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # of the data sets that are no folders
+DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo", "seed": 0}  # of settings that older files lack
 TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
 
@@ -57,13 +58,13 @@ class Dataset(NamedTuple):
 
 
 def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
-    """The "train" or "test" split of the data set that `settings`, a training's, name: its `data`, `prepare`, `seed`.
+    """The "train" or "test" split of the data set that a training's `settings` name, with all its classes.
 
-    What they lack, as older files do, has its default. Raises UserError if the data set is not there, or not as it should be.
+    Raises UserError if the data set is not there, or not as it should be.
     """
-    name = settings.get("data", FASHION_MNIST)
+    name, prepare, seed = ({**DEFAULTS, **settings}[key] for key in DEFAULTS)
     if name not in TITLES:
-        return _load_folder(name, split, settings.get("prepare", "photo"), settings.get("seed", 0))
+        return _load_folder(name, split, prepare, seed)
     split = {"train": "train", "test": "t10k"}[split]
     if name == FASHION_MNIST:
         images, labels = load_images(split, data_path)
@@ -78,7 +79,7 @@ def as_task(data: Dataset, output_dim: int) -> Dataset:
         return data
     if output_dim == 2 and data.class_names == CLASS_NAMES:
         return data._replace(labels=task_labels(data.labels, 2), class_names=CLOTHES_OR_SHOE)
-    raise UserError(f"output_dim={output_dim}: the data set has {len(data.class_names)} classes; leave output_dim=0")
+    raise UserError(f"output_dim={output_dim}: the data set has {len(data.class_names)} classes; output_dim=0 takes all")
 
 
 def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,14 +230,18 @@ def _load_with_torchvision(title: str, split: str, data_path: Path) -> Dataset:
                 for fetched in _fetch_with_torchvision(Path(folder), title).glob("*.gz"):
                     os.replace(fetched, raw / fetched.name)
         except Exception as error:  # whatever a downloader raises
-            reason = " ".join(str(error).split())[:120]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(f"{problem}, and can't be downloaded ({reason}); put {title}'s gzipped files there") from None
-    contents = [(bytearray(gzip.decompress(path.read_bytes())), path.stem) for path in files]
-    images, labels = (read_idx(unpacked, IDX_FILES[name][0], name) for unpacked, name in contents)
+    unpacked = {path.stem: bytearray(gzip.decompress(path.read_bytes())) for path in files}
+    images, labels = (read_idx(contents, IDX_FILES[name][0], name) for name, contents in unpacked.items())
     return Dataset(images.unsqueeze(1), labels.long(), tuple(source.classes), labels.long())
 
 
 Classes = dict[str, dict[Path, torch.Tensor]]  # name of a class -> its files and what was read of them
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Classes:
@@ -245,8 +250,7 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
     A file of which it raises UserError, or that lies elsewhere, is passed over with a line on stderr. Raises UserError, naming
     what to mend, if there are fewer than two classes, two with names that differ by case only, or one without an image.
     """
-    entries = sorted(folder.glob("*"))
-    folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    folders = _class_folders(folder)
     if not folders:
         raise UserError(f"{folder}: has no class folders; images are expected in {folder}/CLASS/")
     if len(folders) < 2:
@@ -255,7 +259,7 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
     for path in folders:
         if (other := by_name[path.name.casefold()]) != path:
             raise UserError(f"{folder}: the classes {path.name} and {other.name} differ by case only; rename one or merge them")
-    for path in entries:
+    for path in sorted(folder.glob("*")):
         if path not in folders:
             print(" ".join(f"{path}: passed over; images are expected in {folder}/CLASS/".split()), file=sys.stderr)
 
@@ -274,7 +278,7 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
 
 def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
     """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split."""
-    from photo import read_view  # here, because photo.py imports this module
+    from photo import printable, read_view  # here, because photo.py imports this module
 
     folder = resolve(name)
     if not folder.is_dir():
@@ -282,11 +286,11 @@ def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
     if not (folder / "train").is_dir():
         raise UserError(f"{folder}: has no folder train; images are expected in {folder}/train/CLASS/")
     has_test = (folder / "test").is_dir()
+    if has_test:  # before an hour of training
+        here, there = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))
+        if here != there:
+            raise UserError(f"{folder / 'test'}: has the classes {here or '(none)'}; train has {there}")
     classes = read_class_folders(folder / (split if has_test else "train"), lambda path: read_view(path, prepare))
-    if has_test and split == "test":
-        names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir() and not path.name.startswith("."))
-        if names != list(classes):
-            raise UserError(f"{folder / 'test'}: has the classes {', '.join(classes)}; train has {', '.join(names)}")
     images = torch.stack([view for views in classes.values() for view in views.values()]).unsqueeze(1)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(views) for views in classes.values()]))
     if not has_test:
@@ -294,7 +298,7 @@ def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
         print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing (seed={seed})")
         kept = test if split == "test" else train.sort().values
         images, labels = images[kept], labels[kept]
-    return Dataset(images, labels, tuple(classes), labels)
+    return Dataset(images, labels, tuple(map(printable, classes)), labels)
 
 
 def task_labels(fine_labels: torch.Tensor, output_dim: int) -> torch.Tensor:
@@ -307,7 +311,7 @@ def load_test_data(metadata: Mapping, settings) -> Dataset:
 
     `metadata` is the model's. Raises UserError if the data set has not these classes.
     """
-    data = load_data("test", settings.data_path, {**metadata.get("settings", {}), "data": data_name(metadata, settings)})
+    data = load_data("test", settings.data_path, training_settings(metadata, settings))
     names = tuple(metadata["class_names"])
     data = as_task(data, 2) if data.class_names == CLASS_NAMES and names == CLOTHES_OR_SHOE else data
     if names != data.class_names:
@@ -315,9 +319,10 @@ def load_test_data(metadata: Mapping, settings) -> Dataset:
     return data
 
 
-def data_name(metadata: Mapping, settings=None) -> str:
-    """The data set that `settings` name, else the one that a model with this metadata was trained on."""
-    return getattr(settings, "data", "") or metadata.get("settings", {}).get("data", FASHION_MNIST)
+def training_settings(metadata: Mapping, settings=None) -> dict:
+    """The settings under which a model with this metadata was trained; `data` is that of `settings` if they name one."""
+    named = getattr(settings, "data", "")
+    return DEFAULTS | metadata.get("settings", {}) | ({"data": named} if named else {})
 
 
 def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from config import FASHION_MNIST, ROOT, UserError, parse_augment
-from data_preprocessing import SHOES, task_labels
+from data_preprocessing import SHOES, task_labels, training_settings
 from model import Classifier, load_model
 from trainer import infer
 
@@ -143,11 +143,11 @@ def _square(grey: np.ndarray, background: float) -> np.ndarray:
 
 def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     """Of a photograph's views, uint8 `(N, V, 28, 28)`, those that the model can read, as it reads them, in the same form."""
-    settings = model.metadata.get("settings", {})
+    settings = training_settings(model.metadata)
     if "scene" in parse_augment(settings.get("augment", "")):
         return views
-    if settings.get("data", FASHION_MNIST) != FASHION_MNIST:
-        return views[:, : CUT_OUT + 1]  # as it was trained
+    if settings["data"] != FASHION_MNIST:
+        return views[:, [CUT_OUT]]  # as it was trained
     return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
 
 

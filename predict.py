@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
-from data_preprocessing import CLOTHES_OR_SHOE, load_test_data
+from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
 from device import choose_device, move
 from model import Classifier, load_model
 from photo import classify, clothes_or_shoe, printable, read_photographs, select_views
@@ -54,7 +54,7 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
 
 def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
     """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
-    files, photographs = read_photographs(paths, model.metadata.get("settings", {}).get("prepare", "photo"))
+    files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
     probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []

@@ -18,7 +18,7 @@ import checkpoint
 import plots
 import predict
 from config import ModelFileSettings, setting
-from data_preprocessing import TITLES, data_name, load_test_data
+from data_preprocessing import TITLES, load_test_data, training_settings
 from device import choose_device, move
 from metrics import balanced_accuracy, calibration, confusion_matrix, per_class_scores, wilson_interval
 from model import Classifier, count_parameters, load_model, summarize
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
     model = move(load_model(path), choose_device(settings.device))
     class_names = tuple(model.metadata["class_names"])
     images, labels, *_ = load_test_data(model.metadata, settings)
-    name, classes = data_name(model.metadata, settings), len(class_names)
+    name, classes = training_settings(model.metadata, settings)["data"], len(class_names)
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32  # auto: the same figures everywhere
     logits, features = logits_and_features(model, images, precision, settings.tta)
 

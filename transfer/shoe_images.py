@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from config import FASHION_MNIST, ROOT, UserError
-from data_preprocessing import data_name, load_images, read_class_folders
+from data_preprocessing import load_images, read_class_folders, training_settings
 from photo import WHOLE, face_left, printable, read_photograph, read_view
 
 
@@ -44,15 +44,15 @@ def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
 
 def read_part(folder: Path, metadata: dict) -> Part:
     """Photographs in CLASS/*, as `read_class_folders` reads them, with the views that a model with this metadata can read."""
-    if data_name(metadata) == FASHION_MNIST:
-        classes = read_class_folders(
-            folder, lambda path: read_photograph(path).views[:WHOLE]
-        )  # (2, 28, 28): cut out in two ways
-    else:
-        preparation = metadata["settings"].get("prepare", "photo")
-        classes = read_class_folders(folder, lambda path: read_view(path, preparation).unsqueeze(0))
+    trained = training_settings(metadata)
+    knows_garments = trained["data"] == FASHION_MNIST  # and reads them cut out in two ways, from one side
+
+    def read(path: Path) -> torch.Tensor:  # (V, 28, 28)
+        return read_photograph(path).views[:WHOLE] if knows_garments else read_view(path, trained["prepare"]).unsqueeze(0)
+
+    classes = read_class_folders(folder, read)
     images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
-    if data_name(metadata) == FASHION_MNIST:
+    if knows_garments:
         images = face_left(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     return make_part(list(classes), [[path.stem for path in files] for files in classes.values()], images)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 import plots
 from config import FASHION_MNIST, Settings, UserError, resolve, setting
-from data_preprocessing import data_name, load_data, shuffle
+from data_preprocessing import load_data, shuffle, training_settings
 from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
@@ -55,7 +55,7 @@ def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
 def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
     """Images to use without labels, uint8 `(U, 1, 28, 28)`, among those that the model was trained on: of the class that the
     supports come from, or of all."""
-    images, labels, names, _ = load_data("train", settings.data_path, model.metadata.get("settings", {}))
+    images, labels, names, _ = load_data("train", settings.data_path, training_settings(model.metadata))
     order = shuffle(torch.arange(len(labels)), torch.Generator().manual_seed(settings.seed))
     by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(names))]
     count = min(UNLABELLED // len(by_class), *map(len, by_class))
@@ -103,7 +103,7 @@ class Episodes:
     `metadata` is the model's. Raises UserError if a class has fewer images than shots, or if none is left to test on."""
 
     def __init__(self, settings: TransferSettings, metadata: dict):
-        if not settings.shoes_dir and (data := data_name(metadata)) != FASHION_MNIST:
+        if not settings.shoes_dir and (data := training_settings(metadata)["data"]) != FASHION_MNIST:
             raise UserError(f"{settings.checkpoint}: was trained on data={data}, which has no shoes; name shoes_dir=FOLDER")
         choosing = settings.query == "pool"  # settings: the test images are not even read
         names = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
@@ -172,8 +172,8 @@ def save_model(model: Classifier, layer: dict, before: dict, classes: tuple[str,
     model.classifier.load_state_dict(layer)
     check_frozen(model, before)
     metadata = {key: model.metadata[key] for key in ("architecture", "activation", "epoch")}
-    how_trained = {key: value for key, value in model.metadata.get("settings", {}).items() if key in ("data", "prepare")}
-    all_settings = {**how_trained, **settings.model_dump()}  # predict.py prepares images as the model's were
+    trained = training_settings(model.metadata)  # as whose images predict.py prepares others
+    all_settings = {"data": trained["data"], "prepare": trained["prepare"], **settings.model_dump()}
     metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": all_settings}
     contents = {"kind": "best_model", **metadata, "versions": checkpoint.versions(), "model": model.state_dict()}
     checkpoint.save(settings.out_path / "best_model.pt", contents)

@@ -166,6 +166,15 @@ def test_label_smoothing_is_torchs(batch):
     assert loss.equal(F.cross_entropy(criterion.model(batch[0]), batch[1], label_smoothing=0.2))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_are_torchs_without_its_division_by_their_sum(smoothing, batch):
+    criterion, weights = build_criterion(label_smoothing=smoothing), torch.tensor([0.5, 3.0])
+    criterion.class_weights = weights
+    logits = criterion.model(batch[0])
+    expected = F.cross_entropy(logits, batch[1], weights, reduction="sum", label_smoothing=smoothing) / 64
+    assert torch.allclose(criterion(*batch, None)[0], expected)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.7, 1.0])
 def test_the_gradient_of_distillation_pulls_softened_probabilities_to_the_teachers(weight, batch):
     criterion = build_criterion(distill_weight=weight)
@@ -247,6 +256,14 @@ def test_the_models_normalisation_is_of_its_training_images(dataset):
     pixels = dataset.images[:256:2].double() / 255
     model = build_trainer(dataset).model
     assert (model.mean.item(), model.std.item()) == pytest.approx((pixels.mean().item(), pixels.std().item()), rel=1e-4)
+
+
+def test_balanced_class_weights_are_inverse_to_the_training_images_classes_and_1_on_average(dataset):
+    trainer = build_trainer(dataset, class_weights="balanced")
+    labels = trainer.labels[trainer.train]
+    weights = trainer.criterion.class_weights
+    assert (weights * labels.bincount()).tolist() == [64.0, 64.0] and weights[labels].mean() == 1
+    assert build_trainer(dataset).criterion.class_weights is None
 
 
 def test_symmetric_scaling_is_to_minus_1_to_1(dataset):
