@@ -48,10 +48,8 @@ def draw_images(data: Dataset, train: torch.Tensor, settings: ExploreSettings, f
     plots.draw_sheet(torch.stack([*means.values()]).numpy(), [*means], 5, "Mean image of each class", folder / "means.png")
     originals = torch.cat([images[indices[:1]] for indices in by_class])
     generator = torch.Generator().manual_seed(settings.seed)
-    versions = [
-        originals,
-        *(augment(originals, torch.arange(len(originals)), settings.augment, generator) for _ in range(COLUMNS - 1)),
-    ]
+    labels = torch.arange(len(originals))
+    versions = [originals, *(augment(originals, labels, settings.augment, generator) for _ in range(COLUMNS - 1))]
     grid = torch.stack(versions, 1).flatten(0, 2)  # (C, COLUMNS, 1, 28, 28) -> (C * COLUMNS, 28, 28)
     titles = ["original", *[""] * (COLUMNS - 1)] * len(originals)
     heading = f"Augmented training images: augment={settings.augment or '(none)'}"

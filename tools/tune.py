@@ -77,7 +77,7 @@ def report(study: optuna.Study, words: list[str], out: Path) -> None:
         raise UserError(f"{out}: no trial has ended with a finite loss yet; raise trials=N, or try smaller learning rates")
     drawn = json.loads(study.best_trial.user_attrs["settings"])
     best = load_settings([*words, *(f"{name}={value}" for name, value in drawn.items())], TrainSettings)
-    recipe = best.model_dump(exclude=RecipeSettings.model_fields.keys() - {"precision", "batch_size"}, exclude_defaults=True)
+    recipe = best.model_dump(exclude=set(RecipeSettings.model_fields) - {"precision", "batch_size"}, exclude_defaults=True)
     checkpoint.save_json(out / "best.json", recipe)
     importances = optuna.importance.get_param_importances(study) if len(completed) > 3 else {}
     rows = [(trial.number, trial.value, trial.state.name == "PRUNED") for trial in trials]

@@ -262,7 +262,7 @@ def test_balanced_class_weights_are_inverse_to_the_training_images_classes_and_1
     trainer = build_trainer(dataset, class_weights="balanced")
     labels = trainer.labels[trainer.train]
     weights = trainer.criterion.class_weights
-    assert (weights * labels.bincount()).tolist() == [64.0, 64.0] and weights[labels].mean() == 1
+    assert (weights * labels.bincount()).tolist() == [64.0, 64.0] and weights[labels].mean().item() == pytest.approx(1)
     assert build_trainer(dataset).criterion.class_weights is None
 
 
