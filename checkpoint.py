@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import distributed
-from config import Settings, UserError
+from config import FASHION_MNIST, Settings, UserError, resolve
 
 METADATA = {"architecture", "activation", "output_dim", "class_names", "settings", "versions", "machine", "epoch", "best"}
 _MODEL = {"architecture", "activation", "output_dim", "class_names", "model", "epoch"}
@@ -160,18 +160,21 @@ def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int])
         print(f"resumes with {', '.join(changed)}: the result will not be bitwise that of an uninterrupted run")
 
 
-def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float) -> None:
+def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, data: str = FASHION_MNIST) -> None:
     """Raises UserError if the model in `path`, trained under `settings`, may have seen the validation images of this split."""
     try:
         split = {"seed": settings["seed"], "valid_ratio": settings["valid_ratio"]}
         split |= {"folds": settings.get("folds", 0), "runs": settings.get("runs", 1)}
+        split |= {"data": settings.get("data", FASHION_MNIST)}
         is_same = split["seed"] == seed and split["valid_ratio"] >= valid_ratio and not split["folds"] and split["runs"] == 1
+        is_same = is_same and resolve(split["data"]) == resolve(data)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: doesn't say on which images it was trained; train it again") from None
     if not is_same:
         raise UserError(
             f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
-            f"validation images of seed={seed} valid_ratio={valid_ratio}; train it with the same"
+            f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or name none, "
+            "as in teacher= or finetune="
         )
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 ROOT = Path(__file__).resolve().parent
+FASHION_MNIST = "fashion_mnist"  # the data set unless `data` names another
 AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of a horizontal flip"),
     "vflip": (0.5, 1, "probability of a vertical flip"),
@@ -94,7 +95,6 @@ _STRENGTHS = "; ".join(f"{name}: {unit}, 0 to {top}, default {value}" for name, 
 Augment = Annotated[
     str, AfterValidator(_check_augment), Field(description=f"NAME or NAME:STRENGTH, e.g. hflip:0.5,shift:2; {_STRENGTHS}")
 ]
-OutputDim = Annotated[Literal[2, 10], Field(description="number of classes: 2 = clothes or shoe, 10 = Fashion-MNIST's")]
 ValidRatio = Annotated[float, Field(gt=0, lt=1, description="fraction of the training images used for validation")]
 
 
@@ -103,12 +103,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    data_dir: str = setting("data", "folder with FashionMNIST/raw/; missing files are downloaded to it", min_length=1)
+    data_dir: str = setting(
+        "data", "folder with FashionMNIST/raw/ and others; missing files are downloaded to it", min_length=1
+    )
     out_dir: str = setting(".", "folder for everything that a run writes", min_length=1)
     seed: int = setting(0, "of the split, the initial parameters, the order and the augmentation", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto = a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto = train in bfloat16 where the device supports it")
-    batch_size: int = setting(128, "training images per step", ge=1, le=60_000)
+    batch_size: int = setting(128, "training images per step", ge=1, le=1_000_000)
     limit: int = setting(0, "dry run: use only the first N training images of the shuffled split; 0 = all", ge=0)
 
     def __str__(self) -> str:
@@ -135,9 +137,29 @@ class RecipeSettings(Settings):
         return resolve(self.out_dir or (f"runs/{self.recipe}" if self.recipe else "."))
 
 
+class DataSettings(BaseModel):
+    """Data"""
+
+    data: str = setting(
+        FASHION_MNIST, "fashion_mnist, mnist, kmnist, or a folder with train/CLASS/*, perhaps test/CLASS/*", min_length=1
+    )
+    prepare: Literal["photo", "resize"] = setting(
+        "photo", "of a folder's images: photo = cut out as predict.py does, resize = in grey, as they are"
+    )
+    output_dim: int = setting(0, "number of classes; 0 = all that the data set has, 2 = clothes or shoe in Fashion-MNIST", ge=0)
+
+    @model_validator(mode="after")
+    def _has_garments(self) -> "DataSettings":
+        needs_garments = {"scene", "gan"} & parse_augment(getattr(self, "augment", "")).keys()
+        if needs_garments and self.data != FASHION_MNIST:
+            raise ValueError(f"augment={needs_garments.pop()}: is made for Fashion-MNIST's garments, not for data={self.data}")
+        return self
+
+
 class ModelFileSettings(RecipeSettings):
     """Model file"""
 
+    data: str = setting("", "the data set whose test images are read; empty = the one that the model was trained on")
     checkpoint: str = setting("", "the model's file, a best_model.pt or a checkpoint.pt; empty = best_model.pt in out_dir")
 
     @property
@@ -153,7 +175,6 @@ class ModelSettings(BaseModel):
     """Model"""
 
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
-    output_dim: OutputDim = 10
     pretrained: bool = setting(False, "start resnet18 from torchvision's ImageNet weights, which are downloaded")
     finetune: str = setting("", "start from the parameters in this best_model.pt, of the same layers; empty = random ones")
     dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
@@ -177,15 +198,20 @@ class OptimizationSettings(BaseModel):
     )
     warmup: float = setting(0.25, "fraction of all steps in which cosine and linear rise linearly", ge=0, lt=1)
     ema_decay: float = setting(0.0, "of the weights' exponential moving average, which is saved; 0 = no EMA", ge=0, lt=1)
-    aux_loss_weight: float = setting(0.0, "weight of a second head's loss over all ten classes; 0 = no second head", ge=0)
+    aux_loss_weight: float = setting(
+        0.0, "weight of a second head's loss over the data set's own classes; 0 = no second head", ge=0
+    )
 
 
-class TrainSettings(OptimizationSettings, ModelSettings, RecipeSettings):
+class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSettings):
     """Training"""
 
     valid_ratio: ValidRatio = 0.1
     patience: int = setting(0, "early stopping after N epochs without a lower validation loss; 0 = never", ge=0)
     label_smoothing: float = setting(0.0, "probability that the target spreads over all classes", ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] = setting(
+        "none", "of the labels' loss: balanced = inverse to a class's frequency"
+    )
     augment: Augment = ""
     gan_fraction: float = setting(0.3, "augment=gan: fraction of generated images in the training set", ge=0, lt=1)
     generator: str = setting("runs/gan/generator.pt", "augment=gan: the generator, from gan/train.py")
@@ -211,11 +237,12 @@ class RunSettings(TrainSettings):
 
     @property
     def out_path(self) -> Path:
-        """Raises UserError if Task 1's files would be replaced by those of another architecture or of other classes."""
-        task1 = {} if self.recipe or self.out_dir else read_config(config_path(""))
-        for key in ("architecture", "output_dim"):
-            if (value := getattr(self, key)) != task1.get(key, value):
-                raise UserError(f"{key}={value}: Task 1's files would be replaced; add out_dir=FOLDER or recipe=NAME")
+        """Raises UserError if files would be replaced by those of another data set or, of Task 1, by another model's."""
+        shipped = {} if self.out_dir else {"data": FASHION_MNIST, **read_config(config_path(self.recipe))}
+        for key in ("data",) if self.recipe else ("data", "architecture", "output_dim"):
+            if (value := getattr(self, key)) != shipped.get(key, value):
+                owner = f"the files of recipe={self.recipe}" if self.recipe else "Task 1's files"
+                raise UserError(f"{key}={value}: {owner} would be replaced; add out_dir=FOLDER")
         return super().out_path
 
     @model_validator(mode="after")

@@ -1,11 +1,12 @@
-"""Fashion-MNIST: find, download, verify and read the four IDX files; labels, splits, folds, mean and standard deviation.
+"""Data sets: find, download, verify and read them; labels, splits, folds, mean and standard deviation.
 
-The images stay one uint8 tensor `(N, 1, 28, 28)`, garment bright on black; the model turns a batch into floating point.
-`fine_labels` are the data set's ten labels, from which `task_labels` makes those of a task with fewer classes.
-Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
+`load_data` reads Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747), MNIST, KMNIST (Clanuwat et al. 2018, arXiv
+1812.01718) or a folder of images. The images stay one uint8 tensor `(N, 1, 28, 28)`, objects bright on black; the model turns a
+batch into floating point. `task_labels` makes Task 1's two classes of Fashion-MNIST's ten, which are then `fine_labels`.
 """
 
 import contextlib
+import gzip
 import hashlib
 import math
 import os
@@ -15,19 +16,24 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from config import UserError
+from config import FASHION_MNIST, UserError, resolve
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLOTHES_OR_SHOE = ("clothes", "shoe")  # Task 1's classes
 SHOES = (5, 7, 9)  # fine labels
+TITLES = {FASHION_MNIST: "Fashion-MNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # of the data sets that are no folders
+DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo", "seed": 0}  # of settings that older files lack
+TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
 
-# name -> (dimensions, SHA-256 of the decompressed file); images and labels of a split have the same count
+# name -> (dimensions, which MNIST and KMNIST share; SHA-256 of Fashion-MNIST's decompressed file)
 IDX_FILES = {
     "train-images-idx3-ubyte": ((60_000, 28, 28), "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
     "train-labels-idx1-ubyte": ((60_000,), "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
@@ -36,8 +42,48 @@ IDX_FILES = {
 }
 
 
+class Dataset(NamedTuple):
+    """One split of a data set: images, uint8 `(N, 1, 28, 28)`, and labels, int64 `(N,)`, which number the classes.
+
+    `fine_labels` are the labels of the data set's own classes, of which a task's class may have several.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: tuple[str, ...]
+    fine_labels: torch.Tensor
+
+    def to(self, device: torch.device) -> "Dataset":
+        return Dataset(self.images.to(device), self.labels.to(device), self.class_names, self.fine_labels.to(device))
+
+
+def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
+    """The "train" or "test" split of the data set that a training's `settings` name, with all its classes.
+
+    Raises UserError if the data set is not there, or not as it should be.
+    """
+    name, prepare, seed = ({**DEFAULTS, **settings}[key] for key in DEFAULTS)
+    if name not in TITLES:
+        return _load_folder(name, split, prepare, seed)
+    split = {"train": "train", "test": "t10k"}[split]
+    if name == FASHION_MNIST:
+        images, labels = load_images(split, data_path)
+        return Dataset(images, labels, CLASS_NAMES, labels)
+    return _load_with_torchvision(TITLES[name], split, data_path)
+
+
+def as_task(data: Dataset, output_dim: int) -> Dataset:
+    """The data set with `output_dim` classes; 0 = all. Raises UserError unless it has so many, or is Fashion-MNIST, of which
+    Task 1 has 2."""
+    if output_dim in (0, len(data.class_names)):
+        return data
+    if output_dim == 2 and data.class_names == CLASS_NAMES:
+        return data._replace(labels=task_labels(data.labels, 2), class_names=CLOTHES_OR_SHOE)
+    raise UserError(f"output_dim={output_dim}: the data set has {len(data.class_names)} classes; output_dim=0 takes all")
+
+
 def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, uint8 `(N, 1, 28, 28)`, and fine labels, int64 `(N,)` in 0..9, of `split`, which is "train" or "t10k".
+    """Fashion-MNIST's images, uint8 `(N, 1, 28, 28)`, and labels, int64 `(N,)` in 0..9, of `split`, "train" or "t10k".
 
     Looks in `data_path`/FashionMNIST/raw, then in Debian's folder, then downloads, and uses a file only if its
     decompressed contents have the known digest. Raises UserError where no source gives it.
@@ -99,18 +145,18 @@ def _read_verified(name: str, folder: Path, problems: list[str]) -> bytearray | 
     return None
 
 
-def _fetch_with_torchvision(folder: Path) -> Path:
-    """Download all four files from the data set's own server; the folder that has them."""
-    from torchvision.datasets import FashionMNIST
+def _fetch_with_torchvision(folder: Path, title: str = "FashionMNIST") -> Path:
+    """Download all four files from the data set's own server, gzipped and not; the folder that has them."""
+    from torchvision import datasets
 
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds without an answer; torchvision itself would wait for ever
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            FashionMNIST(folder, download=True)
+            getattr(datasets, title)(folder, download=True)
     finally:
         socket.setdefaulttimeout(patience)
-    return folder / "FashionMNIST" / "raw"
+    return folder / title / "raw"
 
 
 def _fetch_with_apt(folder: Path) -> Path:
@@ -166,31 +212,129 @@ def read_idx(contents: bytes | bytearray, dimensions: tuple[int, ...], name: str
     return elements.view(dimensions)
 
 
-def class_names(output_dim: int) -> tuple[str, ...]:
-    return {2: ("clothes", "shoe"), 10: CLASS_NAMES}[output_dim]
+def _load_with_torchvision(title: str, split: str, data_path: Path) -> Dataset:
+    """MNIST or KMNIST. torchvision knows their servers, classes, and MD5 sums of the gzipped files; no others are read."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    source, raw = getattr(datasets, title), data_path / title / "raw"
+    files = {raw / name: md5 for name, md5 in source.resources if name.startswith(split)}
+    for path, md5 in files.items():
+        if check_integrity(path, md5):
+            continue
+        problem = f"{path}: {'is damaged, its MD5 sum is not the published one' if path.exists() else 'is not there'}"
+        print(f"{problem}; trying torchvision's download ...", file=sys.stderr)
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw) as folder:
+                for fetched in _fetch_with_torchvision(Path(folder), title).glob("*.gz"):
+                    os.replace(fetched, raw / fetched.name)
+        except Exception as error:  # whatever a downloader raises
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{problem}, and can't be downloaded ({reason}); put {title}'s gzipped files there") from None
+    unpacked = {path.stem: bytearray(gzip.decompress(path.read_bytes())) for path in files}
+    images, labels = (read_idx(contents, IDX_FILES[name][0], name) for name, contents in unpacked.items())
+    return Dataset(images.unsqueeze(1), labels.long(), tuple(source.classes), labels.long())
+
+
+Classes = dict[str, dict[Path, torch.Tensor]]  # name of a class -> its files and what was read of them
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Classes:
+    """What `read` makes of each file in `folder`/CLASS/*, in the order of the names.
+
+    A file of which it raises UserError, or that lies elsewhere, is passed over with a line on stderr. Raises UserError, naming
+    what to mend, if there are fewer than two classes, two with names that differ by case only, or one without an image.
+    """
+    folders = _class_folders(folder)
+    if not folders:
+        raise UserError(f"{folder}: has no class folders; images are expected in {folder}/CLASS/")
+    if len(folders) < 2:
+        raise UserError(f"{folder}: has one class only, {folders[0].name}; at least two are needed")
+    by_name = {path.name.casefold(): path for path in folders}
+    for path in folders:
+        if (other := by_name[path.name.casefold()]) != path:
+            raise UserError(f"{folder}: the classes {path.name} and {other.name} differ by case only; rename one or merge them")
+    for path in sorted(folder.glob("*")):
+        if path not in folders:
+            print(" ".join(f"{path}: passed over; images are expected in {folder}/CLASS/".split()), file=sys.stderr)
+
+    classes: Classes = {path.name: {} for path in folders}
+    files = [file for path in folders for file in sorted(path.iterdir())]
+    for file in tqdm(files, f"images in {folder.name}", delay=1, disable=None, leave=False):  # a phone's photograph is large
+        try:
+            classes[file.parent.name][file] = read(file)
+        except UserError as error:
+            tqdm.write(" ".join(str(error).split()), file=sys.stderr)
+    for path in folders:
+        if not classes[path.name]:
+            raise UserError(f"{path}: has no image that can be read; put some there, or remove the folder")
+    return classes
+
+
+def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
+    """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split."""
+    from photo import printable, read_view  # here, because photo.py imports this module
+
+    folder = resolve(name)
+    if not folder.is_dir():
+        raise UserError(f"data={name}: is neither one of {', '.join(TITLES)} nor a folder")
+    if not (folder / "train").is_dir():
+        raise UserError(f"{folder}: has no folder train; images are expected in {folder}/train/CLASS/")
+    has_test = (folder / "test").is_dir()
+    if has_test:  # before an hour of training
+        here, there = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))
+        if here != there:
+            raise UserError(f"{folder / 'test'}: has the classes {here or '(none)'}; train has {there}")
+    classes = read_class_folders(folder / (split if has_test else "train"), lambda path: read_view(path, prepare))
+    images = torch.stack([view for views in classes.values() for view in views.values()]).unsqueeze(1)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(views) for views in classes.values()]))
+    if not has_test:
+        train, test = split_indices(labels, TEST_RATIO, seed, f"{folder}: has no folder test, and test_ratio")
+        print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing (seed={seed})")
+        kept = test if split == "test" else train.sort().values
+        images, labels = images[kept], labels[kept]
+    return Dataset(images, labels, tuple(map(printable, classes)), labels)
 
 
 def task_labels(fine_labels: torch.Tensor, output_dim: int) -> torch.Tensor:
-    """Fine labels 0..9 -> the task's labels, int64: the same for ten classes; for two, 1 for a shoe and 0 for the rest."""
-    return fine_labels if output_dim == 10 else torch.isin(fine_labels, torch.tensor(SHOES, device=fine_labels.device)).long()
+    """Fashion-MNIST's labels 0..9 -> the task's, int64: for two classes, 1 for a shoe and 0 for the rest; else the same."""
+    return torch.isin(fine_labels, torch.tensor(SHOES, device=fine_labels.device)).long() if output_dim == 2 else fine_labels
 
 
-def labels_for(names: Sequence[str], fine_labels: torch.Tensor) -> torch.Tensor:
-    """The labels of the task that has these classes. Raises UserError if they are not Fashion-MNIST's."""
-    for output_dim in (2, 10):
-        if tuple(names) == class_names(output_dim):
-            return task_labels(fine_labels, output_dim)
-    raise UserError(f"this model has the classes {', '.join(names)}, the test images have not; name image files instead")
+def load_test_data(metadata: Mapping, settings) -> Dataset:
+    """The test images of the data set that a model was trained on, or that `settings` name, with labels of the model's classes.
+
+    `metadata` is the model's. Raises UserError if the data set has not these classes.
+    """
+    data = load_data("test", settings.data_path, training_settings(metadata, settings))
+    names = tuple(metadata["class_names"])
+    data = as_task(data, 2) if data.class_names == CLASS_NAMES and names == CLOTHES_OR_SHOE else data
+    if names != data.class_names:
+        raise UserError(f"this model has the classes {', '.join(names)}, the test images have not; name image files instead")
+    return data
+
+
+def training_settings(metadata: Mapping, settings=None) -> dict:
+    """The settings under which a model with this metadata was trained; `data` is that of `settings` if they name one."""
+    named = getattr(settings, "data", "")
+    return DEFAULTS | metadata.get("settings", {}) | ({"data": named} if named else {})
 
 
 def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
 
 
-def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_indices(
+    fine_labels: torch.Tensor, valid_ratio: float, seed: int, name: str = "valid_ratio"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Raises UserError if `valid_ratio` leaves either side without an image of some class.
+    Raises UserError, which calls the ratio `name`, if it leaves either side without an image of some class.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
@@ -198,7 +342,7 @@ def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> t
         members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
         n_valid = round(valid_ratio * len(members))
         if not 0 < n_valid < len(members):
-            raise UserError(f"valid_ratio={valid_ratio}: {n_valid} of a class's {len(members)} images would validate")
+            raise UserError(f"{name}={valid_ratio}: would take {n_valid} of a class's {len(members)} images; give it more")
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))
     return shuffle(train, generator), valid.sort().values
@@ -208,16 +352,17 @@ def fold_indices(fine_labels: torch.Tensor, folds: int, seed: int) -> list[tuple
     """The splits of a cross-validation, in the form of `split_indices`: every image is in one validation set."""
     from sklearn.model_selection import StratifiedKFold  # here: it takes a second to import
 
+    if (fewest := fine_labels.bincount().min()) < folds:
+        raise UserError(f"folds={folds}: a class has only {fewest} training images; use fewer folds")
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(fine_labels, fine_labels)
     generator = torch.Generator().manual_seed(seed)
     return [(shuffle(torch.from_numpy(train), generator), torch.from_numpy(valid)) for train, valid in splits]
 
 
 class Split(NamedTuple):
-    """The training images on a device: uint8 `(N, 1, 28, 28)`, int64 `(N,)` in 0..9, and indices into them."""
+    """The training images on a device, and indices into them."""
 
-    images: torch.Tensor
-    fine_labels: torch.Tensor
+    data: Dataset
     train: torch.Tensor
     valid: torch.Tensor
     generated: int = 0  # how many of `train`, the last ones, a GAN has drawn
@@ -226,13 +371,14 @@ class Split(NamedTuple):
 def load_splits(settings, device: torch.device, folds: int = 0, runs: int = 1) -> list[Split]:
     """The training images and, for each model, a split of them: one of `folds` folds, else one of `runs` random splits.
 
-    `settings` has data_path, valid_ratio, seed and limit. Raises UserError as `load_images` and `split_indices` do.
+    `settings` has data_path, valid_ratio, seed and limit, and what `load_data` and `as_task` need. Raises UserError as they and
+    `split_indices` do.
     """
-    images, fine_labels = load_images("train", settings.data_path)
-    indices = fold_indices(fine_labels, folds, settings.seed) if folds else []
-    indices = indices or [split_indices(fine_labels, settings.valid_ratio, settings.seed + run) for run in range(runs)]
-    images, fine_labels, limit = images.to(device), fine_labels.to(device), settings.limit or None
-    return [Split(images, fine_labels, train[:limit].to(device), valid.to(device)) for train, valid in indices]
+    data = as_task(load_data("train", settings.data_path, settings.model_dump()), getattr(settings, "output_dim", 0))
+    indices = fold_indices(data.fine_labels, folds, settings.seed) if folds else []
+    indices = indices or [split_indices(data.fine_labels, settings.valid_ratio, settings.seed + run) for run in range(runs)]
+    data, limit = data.to(device), settings.limit or None
+    return [Split(data, train[:limit].to(device), valid.to(device)) for train, valid in indices]
 
 
 def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import interrupts
 import plots
 from config import ModelFileSettings, UserError, resolve, setting
-from data_preprocessing import CLASS_NAMES, class_names, load_images
+from data_preprocessing import CLASS_NAMES, CLOTHES_OR_SHOE, load_images, training_settings
 from model import Classifier, freeze, load_model
 from occlusion import occlusion_map
 from photo import classify, clothes_or_shoe, read_photograph, select_views
@@ -95,12 +95,12 @@ def serve(settings: DemoSettings, folder: Path) -> str:
         if not path:
             return [note(""), *nothing]
         try:
-            photograph = read_photograph(Path(path))
+            photograph = read_photograph(Path(path), training_settings(model.metadata)["prepare"])
         except UserError as error:
             return [note(str(error)), *nothing]
         names, views = model.metadata["class_names"], select_views(model, photograph.views.unsqueeze(0))  # (1, V, 28, 28)
         probability = classify(model, views)[0]
-        shoe = dict(zip(class_names(2), clothes_or_shoe(probability).tolist())) if tuple(names) == CLASS_NAMES else None
+        shoe = dict(zip(CLOTHES_OR_SHOE, clothes_or_shoe(probability).tolist())) if tuple(names) == CLASS_NAMES else None
         warning = f"This may be wrong: {photograph.warning}." if photograph.warning else ""
         picture = draw_views(model, views[0], int(probability.argmax()))
         return [note(warning), gr.Label(shoe, visible=bool(shoe)), dict(zip(names, probability.tolist())), picture]

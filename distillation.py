@@ -6,20 +6,20 @@ import torch
 
 import checkpoint
 from config import TrainSettings, UserError, parse_augment, resolve
-from data_preprocessing import class_names
+from data_preprocessing import Dataset
 from device import move
 from model import freeze, load_model
 
 Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load_teacher(settings: TrainSettings, seed: int, device: torch.device) -> Teacher:
+def load_teacher(settings: TrainSettings, seed: int, data: Dataset) -> Teacher:
     """A function of augmented images, uint8 `(N, 1, 28, 28)`, and the indices `(N,)` of their originals; it returns the
-    teacher's logits `(N, C)`: of the augmented images for a model, of the originals for soft targets.
+    teacher's logits `(N, C)`: of the augmented images for a model, of the originals, in `data`, for soft targets.
 
     Raises UserError if the file is missing or damaged, has other classes, or may have seen this run's validation images.
     """
-    path = resolve(settings.teacher)
+    path, device, names = resolve(settings.teacher), data.images.device, data.class_names
     model, soft_targets = None, None
     if path.name == "soft_targets.pt":
         metadata = checkpoint.load(path, "soft_targets")
@@ -27,8 +27,7 @@ def load_teacher(settings: TrainSettings, seed: int, device: torch.device) -> Te
     else:
         model = load_model(path)
         metadata = model.metadata
-    checkpoint.check_same_split(path, metadata.get("settings", {}), seed, settings.valid_ratio)
-    names = class_names(settings.output_dim)
+    checkpoint.check_same_split(path, metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
     if tuple(metadata["class_names"]) != names:
         found = ", ".join(metadata["class_names"])
         raise UserError(f"{path}: has the classes {found}, not {', '.join(names)}; name another teacher")
@@ -37,8 +36,8 @@ def load_teacher(settings: TrainSettings, seed: int, device: torch.device) -> Te
         return torch.no_grad()(lambda images, _: model(images))
     if "gan" in parse_augment(settings.augment):
         raise UserError(f"{path}: has no targets for generated images; name a best_model.pt, or leave gan out of augment")
-    if not isinstance(soft_targets, torch.Tensor) or soft_targets.shape != (60_000, len(names)):
-        raise UserError(f"{path}: lacks the log-probabilities of the 60,000 training images; run tools/soft_targets.py again")
+    if not isinstance(soft_targets, torch.Tensor) or soft_targets.shape != (len(data.images), len(names)):
+        raise UserError(f"{path}: isn't of these {len(data.images):,} training images; run tools/soft_targets.py again")
     if not soft_targets.isfinite().all():
         raise UserError(f"{path}: some of its log-probabilities are not finite; run tools/soft_targets.py again")
     soft_targets = soft_targets.to(device)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 
 import plots
 from augmentation import augment
-from config import Augment, OutputDim, RecipeSettings, ValidRatio, parse_augment
-from data_preprocessing import CLASS_NAMES, class_names, load_images, split_indices, task_labels
+from config import Augment, DataSettings, RecipeSettings, ValidRatio, parse_augment
+from data_preprocessing import Dataset, as_task, load_data, split_indices
 from device import keep_freed_memory
 from metrics import nearest
 from script import load_settings, run_script
@@ -26,10 +26,9 @@ COLUMNS = 10  # images of a class, or versions of an image, in a row
 PAIRS = 30  # in the picture
 
 
-class ExploreSettings(RecipeSettings):
+class ExploreSettings(DataSettings, RecipeSettings):
     """Exploration"""
 
-    output_dim: OutputDim = 10
     valid_ratio: ValidRatio = 0.1
     augment: Augment = ""
 
@@ -39,42 +38,42 @@ def count_copies(images: torch.Tensor) -> int:
     return len(images) - len({image.numpy().tobytes() for image in images})
 
 
-def draw_images(images: torch.Tensor, by_class: list[torch.Tensor], settings: ExploreSettings, folder: Path) -> None:
-    """Samples, mean images and augmented images of the training set, whose indices are in `by_class`."""
+def draw_images(data: Dataset, train: torch.Tensor, settings: ExploreSettings, folder: Path) -> None:
+    """Samples, mean images and augmented images of the training set, whose indices are in `train`."""
+    images, by_class = data.images, [train[data.labels[train] == label] for label in range(len(data.class_names))]
     samples = torch.cat([images[indices[:COLUMNS], 0] for indices in by_class])
-    titles = [name for name, indices in zip(CLASS_NAMES, by_class) for _ in indices[:COLUMNS]]
+    titles = [name for name, indices in zip(data.class_names, by_class) for _ in indices[:COLUMNS]]
     plots.draw_sheet(samples.numpy(), titles, COLUMNS, "Training images", folder / "samples.png")
-    means = {name: images[indices].float().mean((0, 1)) for name, indices in zip(CLASS_NAMES, by_class) if len(indices)}
+    means = {name: images[indices].float().mean((0, 1)) for name, indices in zip(data.class_names, by_class) if len(indices)}
     plots.draw_sheet(torch.stack([*means.values()]).numpy(), [*means], 5, "Mean image of each class", folder / "means.png")
     originals = torch.cat([images[indices[:1]] for indices in by_class])
     generator = torch.Generator().manual_seed(settings.seed)
     labels = torch.arange(len(originals))
     versions = [originals, *(augment(originals, labels, settings.augment, generator) for _ in range(COLUMNS - 1))]
-    grid = torch.stack(versions, 1).flatten(0, 2)  # (10, COLUMNS, 1, 28, 28) -> (10 * COLUMNS, 28, 28)
+    grid = torch.stack(versions, 1).flatten(0, 2)  # (C, COLUMNS, 1, 28, 28) -> (C * COLUMNS, 28, 28)
     titles = ["original", *[""] * (COLUMNS - 1)] * len(originals)
     heading = f"Augmented training images: augment={settings.augment or '(none)'}"
     heading += ", without the generated images" if "gan" in parse_augment(settings.augment) else ""
     plots.draw_sheet(grid.numpy(), titles, COLUMNS, heading, folder / "augmented.png")
 
 
-def report_copies(
-    images: torch.Tensor, labels: torch.Tensor, test_images: torch.Tensor, test_labels: torch.Tensor, path: Path
-) -> None:
+def report_copies(data: Dataset, test: Dataset, path: Path) -> None:
     """Print how many test images are in the training set, and draw the nearest pairs."""
+    images, test_images, names = data.images, test.images, data.class_names
     for split, split_images in (("training", images), ("test", test_images)):
         print(f"copies within the {len(split_images):,} {split} images: {count_copies(split_images)}")
     indices, distances = nearest(test_images, images)
     for limit in (0, *NEAR):
         is_near = distances <= limit
-        differ = (labels[indices] != test_labels)[is_near].sum()
+        differ = (data.labels[indices] != test.labels)[is_near].sum()
         name = f"within {limit} grey levels" if limit else "exactly"
         print(f"test images in the training set {name}: {is_near.sum()}, {differ} of them with another label")
     pairs, titles = [], []
     for query in distances.argsort(stable=True)[:PAIRS].tolist():
         match = indices[query]
         pairs += [test_images[query, 0], images[match, 0]]
-        titles.append(f"test {query}\n{CLASS_NAMES[test_labels[query]]}")
-        titles.append(f"train {match}, {distances[query]:.1f}\n{CLASS_NAMES[labels[match]]}")
+        titles.append(f"test {query}\n{names[test.labels[query]]}")
+        titles.append(f"train {match}, {distances[query]:.1f}\n{names[data.labels[match]]}")
     heading = "Test images nearest to a training image, and the distance (root mean square, in grey levels)"
     plots.draw_sheet(torch.stack(pairs).numpy(), titles, 10, heading, path)
 
@@ -84,23 +83,21 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     folder = settings.out_path / "plots"
     keep_freed_memory()
-    images, fine_labels = load_images("train", settings.data_path)
-    test_images, test_fine_labels = load_images("t10k", settings.data_path)
-    train, valid = split_indices(fine_labels, settings.valid_ratio, settings.seed)
+    data, test = (load_data(split, settings.data_path, settings.model_dump()) for split in ("train", "test"))
+    train, valid = split_indices(data.labels, settings.valid_ratio, settings.seed)
     train = train[: settings.limit or None]
 
-    names = class_names(settings.output_dim)
-    labels, test_labels = (task_labels(labels, settings.output_dim) for labels in (fine_labels, test_fine_labels))
-    splits = {"training": labels[train], "validation": labels[valid], "test": test_labels}
+    task, test_task = (as_task(split, settings.output_dim) for split in (data, test))
+    names = task.class_names
+    splits = {"training": task.labels[train], "validation": task.labels[valid], "test": test_task.labels}
     counts = {split: split_labels.bincount(minlength=len(names)).tolist() for split, split_labels in splits.items()}
     print(f"{'class':12}" + "".join(f"{split:>12}" for split in counts))
     for name, *row in zip(names, *counts.values()):
         print(f"{name:12}" + "".join(f"{count:12,}" for count in row))
-    levels = torch.bincount(images[train].flatten().int(), minlength=256)
+    levels = torch.bincount(data.images[train].flatten().int(), minlength=256)
     plots.draw_classes(counts, names, levels.numpy(), folder / "classes.png")
-    by_class = [train[fine_labels[train] == label] for label in range(len(CLASS_NAMES))]
-    draw_images(images, by_class, settings, folder)
-    report_copies(images, fine_labels, test_images, test_fine_labels, folder / "pairs.png")
+    draw_images(data, train, settings, folder)
+    report_copies(data, test, folder / "pairs.png")
     print(f"wrote classes.png, samples.png, means.png, augmented.png, pairs.png to {folder}")
 
 

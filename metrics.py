@@ -1,5 +1,5 @@
-"""Metrics of a classifier: confusion matrix, precision, recall, F1, calibration error, confidence interval; distances between
-images: nearest neighbours, mean pairwise distance.
+"""Metrics of a classifier: confusion matrix, precision, recall, F1, balanced accuracy, calibration error, confidence interval;
+distances between images: nearest neighbours, mean pairwise distance.
 
 The tests compare the classifier's metrics with scikit-learn's, whose import would take half as long as test.py.
 """
@@ -31,6 +31,12 @@ def per_class_scores(confusion: torch.Tensor, class_names: tuple[str, ...]) -> d
         name: {"precision": hit / max(predicted, 1), "recall": hit / max(n, 1), "f1": 2 * hit / max(n + predicted, 1), "n": n}
         for name, hit, n, predicted in counts
     }
+
+
+def balanced_accuracy(confusion: torch.Tensor) -> float:
+    """The mean recall, in 0..1, of the classes that have images: what accuracy would be if all had as many."""
+    counts = confusion.sum(1)
+    return (confusion.diag().double() / counts)[counts > 0].mean().item()
 
 
 class Calibration(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from config import ROOT, UserError, parse_augment
-from data_preprocessing import SHOES, task_labels
+from config import FASHION_MNIST, ROOT, UserError, parse_augment
+from data_preprocessing import SHOES, task_labels, training_settings
 from model import Classifier, load_model
 from trainer import infer
 
@@ -33,24 +33,36 @@ CUT_OUT, GRABCUT, WHOLE = range(3)
 
 class Photograph(NamedTuple):
     picture: np.ndarray  # RGB (H, W, 3), small, to be drawn
-    views: torch.Tensor  # uint8 (3, 28, 28)
+    views: torch.Tensor  # uint8 (V, 28, 28): three, or the one that `prepare=resize` makes
     warning: str  # why the answer may be wrong; empty if nothing speaks against it
 
 
-def read_photograph(path: Path) -> Photograph:
-    """Raises UserError, naming the file, if it can't be read."""
+def read_photograph(path: Path, preparation: str = "photo") -> Photograph:
+    """`preparation`: the setting `prepare` of a training. Raises UserError, naming the file, if it can't be read."""
     image = open_image(path)
-    views, warning = prepare(image)
+    views, warning = ([resize(image)], "") if preparation == "resize" else prepare(image)
     image.thumbnail((WORKING_SIDE // 2, WORKING_SIDE // 2))
     return Photograph(np.asarray(image), torch.from_numpy(np.stack(views)), warning)
 
 
-def read_photographs(paths: list[Path]) -> tuple[list[Path], list[Photograph]]:
+def read_view(path: Path, preparation: str) -> torch.Tensor:
+    """The first view, uint8 `(28, 28)`, of `read_photograph`, without the time that the others take. Raises UserError as it."""
+    image = open_image(path)
+    view = resize(image) if preparation == "resize" else to_fashion_mnist(image)
+    return torch.from_numpy(view) if view is not None else read_photograph(path).views[CUT_OUT]
+
+
+def resize(image: Image.Image) -> np.ndarray:
+    """An RGB image in grey, uint8 `(28, 28)`, with nothing cut out or negated."""
+    return np.array(image.convert("L").resize((28, 28), Image.Resampling.BILINEAR))
+
+
+def read_photographs(paths: list[Path], preparation: str = "photo") -> tuple[list[Path], list[Photograph]]:
     """The photographs and their files; a line on stderr for each file that can't be read. Raises UserError if none can."""
     files, photographs = [], []
     for path in tqdm(paths, "photographs", disable=None if len(paths) > 10 else True, leave=False):
         try:
-            photographs.append(read_photograph(path))
+            photographs.append(read_photograph(path, preparation))
             files.append(path)
         except UserError as error:
             if len(paths) == 1:
@@ -130,9 +142,12 @@ def _square(grey: np.ndarray, background: float) -> np.ndarray:
 
 
 def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Of views, uint8 `(N, 3, 28, 28)`, those that the model can read, as it reads them: `(N, V, 28, 28)`."""
-    if "scene" in parse_augment(model.metadata.get("settings", {}).get("augment", "")):
+    """Of a photograph's views, uint8 `(N, V, 28, 28)`, those that the model can read, as it reads them, in the same form."""
+    settings = training_settings(model.metadata)
+    if "scene" in parse_augment(settings.get("augment", "")):
         return views
+    if settings["data"] != FASHION_MNIST:
+        return views[:, [CUT_OUT]]  # as it was trained
     return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
 
 

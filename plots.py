@@ -101,7 +101,7 @@ def draw_overfitting(histories: dict[str, list[dict]], path: Path) -> None:
 
 def draw_classes(counts: Mapping[str, Sequence[int]], class_names: Sequence[str], levels: np.ndarray, path: Path) -> None:
     """Images of each class in each part, and how often each grey level 0..255 occurs, `levels` `(256,)`."""
-    with picture(path, (11, 4)) as figure:
+    with picture(path, (11, max(4, 0.25 * len(class_names)))) as figure:
         bars, histogram = figure.subplots(1, 2)
         height = 0.8 / len(counts)
         for number, ((part, values), colour) in enumerate(zip(counts.items(), (BLUE, ORANGE, GREEN))):
@@ -189,7 +189,9 @@ def draw_features(
     side, room = 1_100, 32  # pixels of the raster that holds the images, and from one image to the next
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few outliers would squeeze all others together
     places = ((points - low) / (high - low) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): left to right, top to bottom
-    colours = colormaps["tab10"](range(len(class_names)))[:, :3] * 0.85
+    count = len(class_names)
+    colours = colormaps["tab10"](range(count)) if count <= 10 else colormaps["gist_rainbow"](np.linspace(0, 1, count))
+    colours = colours[:, :3] * 0.85
     raster, is_free = np.zeros((side, side, 4), np.uint8), np.ones((side, side), bool)
     for (left, top), label, image in zip(places.astype(int), labels, images):
         if 0 <= left <= side - room and 0 <= top <= side - room and is_free[top : top + room, left : left + room].all():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
-from data_preprocessing import class_names, labels_for, load_images
+from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
 from device import choose_device, move
 from model import Classifier, load_model
 from occlusion import occlusion_map
@@ -35,7 +35,7 @@ COLUMNS = ("file", "class", "probability", "runner_up", "warning")  # of predict
 class PredictSettings(ModelFileSettings):
     """Prediction"""
 
-    index: int = setting(-1, "number of the test image; -1 = a random one", ge=-1, lt=10_000)
+    index: int = setting(-1, "number of the test image; -1 = a random one", ge=-1)
 
 
 def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Tensor, index: int, path: Path) -> None:
@@ -62,14 +62,14 @@ def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]
 
 def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
     """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
-    files, photographs = read_photographs(paths)
+    files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
     probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []
     for path, photograph, probability in zip(files, photographs, probabilities):
         answers = [answer(probability, names)]
         if says_shoe:
-            answers.insert(0, answer(clothes_or_shoe(probability), class_names(2)))
+            answers.insert(0, answer(clothes_or_shoe(probability), CLOTHES_OR_SHOE))
         best, runner_up = probability.topk(2).indices.tolist()
         notes = [f"runner-up {names[runner_up]}, {probability[runner_up]:.2%}"] if len(names) > 2 else []
         notes += [photograph.warning] if photograph.warning else []
@@ -120,9 +120,10 @@ def main(arguments: list[str]) -> None:
         model, is_photo = load_for_photographs(settings)
         return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)
     model = move(load_model(settings.model_path), choose_device(settings.device))
-    images, fine_labels = load_images("t10k", settings.data_path)
+    images, labels, *_ = load_test_data(model.metadata, settings)
+    if settings.index >= len(images):
+        raise UserError(f"index={settings.index}: there are {len(images):,} test images, from 0 on")
     index = settings.index if settings.index >= 0 else random.randrange(len(images))
-    labels = labels_for(model.metadata["class_names"], fine_labels)
     predict_test_image(model, images, labels, index, settings.out_path / "plots" / "prediction.png")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from config import Settings, UserError, as_text, config_path, read_config, unknown_setting
+from config import FASHION_MNIST, Settings, UserError, as_text, config_path, read_config, unknown_setting
 
 HELP = {"help", "-h", "--help"}
 
@@ -39,6 +39,8 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
     path = config_path(given.get("recipe", ""))
     from_file = read_config(path) if "recipe" in fields else {}
     merged = {key: value for key, value in from_file.items() if key in fields}
+    if given.get("data", data := from_file.get("data", FASHION_MNIST)) != data:
+        merged.pop("output_dim", None)  # of the file's own data set
     if HELP & set(arguments):
         print(describe(settings_type, merged | given))
         raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""Evaluate best_model.pt on the 10,000 test images: `python test.py [recipe=NAME] [checkpoint=FILE] [key=value ...]`.
+"""Evaluate best_model.pt on the test images of its data set: `python test.py [recipe=NAME] [checkpoint=FILE] [key=value ...]`.
 
 Writes scores.json and plots (confusion matrix, mistakes, features in two dimensions, reliability, one random test image as
 predict.py draws it) into out_dir.
@@ -18,15 +18,14 @@ import checkpoint
 import plots
 import predict
 from config import ModelFileSettings, setting
-from data_preprocessing import labels_for, load_images
+from data_preprocessing import TITLES, load_test_data, training_settings
 from device import choose_device, move
-from metrics import calibration, confusion_matrix, per_class_scores, wilson_interval
+from metrics import balanced_accuracy, calibration, confusion_matrix, per_class_scores, wilson_interval
 from model import Classifier, count_parameters, load_model, summarize
 from script import load_settings, run_script
 from trainer import infer, loss_and_accuracy
 
 MAX_MISTAKES = 100  # in one picture
-TASKS = {2: "clothes or shoe", 10: "10-class Fashion-MNIST"}
 
 
 class TestSettings(ModelFileSettings):
@@ -75,21 +74,21 @@ def main(arguments: list[str]) -> None:
     path = settings.model_path
     model = move(load_model(path), choose_device(settings.device))
     class_names = tuple(model.metadata["class_names"])
-    images, fine_labels = load_images("t10k", settings.data_path)
-    labels = labels_for(class_names, fine_labels)
+    images, labels, *_ = load_test_data(model.metadata, settings)
+    name, classes = training_settings(model.metadata, settings)["data"], len(class_names)
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32  # auto: the same figures everywhere
     logits, features = logits_and_features(model, images, precision, settings.tta)
 
     loss, accuracy = loss_and_accuracy(logits, labels)
     probabilities = logits.softmax(1)
     confidence, predicted = probabilities.max(1)
-    confusion = confusion_matrix(labels, predicted, len(class_names))
+    confusion = confusion_matrix(labels, predicted, classes)
     wrong = torch.nonzero(predicted != labels).squeeze(1)
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     correct = len(labels) - len(wrong)
     low, high = wilson_interval(correct, len(labels))
     scores = {
-        "task": TASKS[model.metadata["output_dim"]],
+        "task": " or ".join(class_names) if classes == 2 else f"{classes}-class {TITLES.get(name, name)}",
         "architecture": model.metadata["architecture"],
         "parameters": count_parameters(model),
         "macs": sum(layer.macs for layer in summarize(model)),
@@ -98,6 +97,7 @@ def main(arguments: list[str]) -> None:
         "correct": correct,
         "accuracy": accuracy,
         "accuracy_ci95": [low, high],
+        "balanced_accuracy": balanced_accuracy(confusion),
         "loss": loss,
         "calibration_error": calibration(probabilities, labels).error,
         "per_class": per_class_scores(confusion, class_names),
@@ -108,6 +108,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'class':12} precision  recall     f1      n")
     for name, row in scores["per_class"].items():
         print(f"{name:12} {row['precision']:9.3%} {row['recall']:7.3%} {row['f1']:7.3%} {row['n']:6,}")
+    print(f"balanced accuracy {scores['balanced_accuracy']:.2%}: the mean recall")
     draw_pictures(scores, images, labels, probabilities, features, out / "plots")
     scores["seconds"] = round(time.perf_counter() - started, 3)
     scores["versions"] = checkpoint.versions()

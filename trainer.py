@@ -21,7 +21,7 @@ import distributed
 import interrupts
 from augmentation import augment
 from config import TrainSettings, UserError, parse_augment, resolve
-from data_preprocessing import CLASS_NAMES, Split, class_names, mean_and_std, shuffle, task_labels
+from data_preprocessing import Split, mean_and_std, shuffle
 from device import autocast, capture, move
 from distillation import load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
@@ -58,14 +58,20 @@ class Criterion(nn.Module):
     """The training loss of a model, which it contains, so that DistributedDataParallel sees all parameters.
 
     Cross-entropy with label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7), distillation (Hinton et al. 2015,
-    arXiv 1503.02531, section 2) and the loss of an auxiliary head on the same features.
+    arXiv 1503.02531, section 2) and the loss of an auxiliary head on the same features, with `fine_classes` outputs.
+    `class_weights`, `(C,)`, are of the classes' cross-entropy.
     """
 
-    def __init__(self, model: Classifier, settings: TrainSettings):
+    class_weights: torch.Tensor | None
+
+    def __init__(
+        self, model: Classifier, settings: TrainSettings, fine_classes: int, class_weights: torch.Tensor | None = None
+    ):
         super().__init__()
         self.model, self.settings = model, settings
         has_head = settings.aux_loss_weight > 0
-        self.aux_head = nn.Linear(model.classifier.in_features, len(CLASS_NAMES)) if has_head else None
+        self.aux_head = nn.Linear(model.classifier.in_features, fine_classes) if has_head else None
+        self.register_buffer("class_weights", class_weights)
 
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None = None
@@ -75,8 +81,11 @@ class Criterion(nn.Module):
         logits = self.model.classifier(features)
         losses = F.cross_entropy(logits, labels, reduction="none")  # (N,)
         loss = losses.mean()
-        if self.settings.label_smoothing:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        smoothing = self.settings.label_smoothing
+        if self.class_weights is not None:  # the plain mean, not torch's weighted one: the mean of shards is the batch's
+            loss = F.cross_entropy(logits, labels, self.class_weights, reduction="none", label_smoothing=smoothing).mean()
+        elif smoothing:
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         if teacher_logits is not None:
             targets = (teacher_logits / TEMPERATURE).softmax(1)
             distillation = F.cross_entropy(logits / TEMPERATURE, targets) * TEMPERATURE**2
@@ -97,7 +106,8 @@ class EMA(Generic[SomeModel]):
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         pairs = zip(self.model.state_dict().values(), model.state_dict().values())
-        means, latest = zip(*(pair for pair in pairs if pair[0].dtype == torch.float32))
+        # all but counts of batches and the normalisation's two scalars, which don't change
+        means, latest = zip(*(pair for pair in pairs if pair[0].is_floating_point() and pair[0].ndim))
         torch._foreach_lerp_(means, latest, 1 - decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -159,11 +169,11 @@ class Trainer:
     kind, model_kind = "checkpoint", "best_model"
 
     def __init__(self, settings: TrainSettings, seed: int, split: Split, precision: torch.dtype):
-        self.settings, self.precision, self.device = settings, precision, split.images.device
-        self.images, self.fine_labels, self.train, valid, generated = split
+        self.settings, self.precision, self.device = settings, precision, split.data.images.device
+        data, self.train, valid, generated = split
+        self.images, self.labels, self.class_names, self.fine_labels = data
         images, train, real = self.images, self.train, self.train[: len(self.train) - generated]
         mean, std = mean_and_std(images, real) if settings.scaling == "standard" else (0.5, 0.5)
-        self.labels = task_labels(self.fine_labels, settings.output_dim)
         self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
         fractions = [settings.first_epoch_fraction] + [settings.hard_fraction] * (settings.epochs - 1)
         self.counts = [max(1, int(len(train) * fraction)) for fraction in fractions]  # images, by epoch
@@ -175,14 +185,14 @@ class Trainer:
 
         torch.manual_seed(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # of the order and the augmentation
-        model_keys = {"architecture", "output_dim", "dropout", "activation", "init"}
-        self.model = build_model(**settings.model_dump(include=model_keys))
+        model_keys, classes = {"architecture", "dropout", "activation", "init"}, len(self.class_names)
+        self.model = build_model(output_dim=classes, **settings.model_dump(include=model_keys))
         if settings.pretrained:
             load_imagenet_weights(self.model)
         if settings.finetune:
             path = resolve(settings.finetune)
             start = checkpoint.load(path, "best_model")
-            checkpoint.check_same_split(path, start.get("settings", {}), seed, settings.valid_ratio)
+            checkpoint.check_same_split(path, start.get("settings", {}), seed, settings.valid_ratio, settings.data)
             checkpoint.load_parameters(self.model, start["model"], path)
         self.model.set_statistics(mean, std, images[train[:2000]].cpu())
         if settings.batch_norm:
@@ -191,16 +201,18 @@ class Trainer:
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.sampler = HardExampleSampler(train) if min(fractions) < 1 else None
         self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
-        self.criterion = Criterion(self.model, settings).to(self.device)
+        counts = self.labels[train].bincount(minlength=classes).clamp(1)
+        class_weights = len(train) / (classes * counts) if settings.class_weights == "balanced" else None  # mean over images: 1
+        self.criterion = Criterion(self.model, settings, int(self.fine_labels.max()) + 1, class_weights).to(self.device)
         self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
         if distributed.rank():
             torch.manual_seed(seed + distributed.rank())  # dropout differs between processes
         trainable = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(settings, trainable)
-        self.teacher = load_teacher(settings, seed, self.device) if settings.teacher else None
+        self.teacher = load_teacher(settings, seed, data) if settings.teacher else None
         if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size:
             first = train[:smallest]
-            logits = [torch.zeros(smallest, settings.output_dim, device=self.device)] if self.teacher else []
+            logits = [torch.zeros(smallest, classes, device=self.device)] if self.teacher else []
             capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], *logits), precision)
 
     def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> tuple[float, float]:
@@ -294,8 +306,9 @@ class Trainer:
     def metadata(self) -> dict:
         """What is needed to rebuild the model, and where it comes from."""
         return {
-            **self.settings.model_dump(include={"architecture", "activation", "output_dim"}),
-            "class_names": list(class_names(self.settings.output_dim)),
+            **self.settings.model_dump(include={"architecture", "activation"}),
+            "output_dim": len(self.class_names),
+            "class_names": list(self.class_names),
             **checkpoint.provenance(self.settings, self.device, self.precision),
         }
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import TrainSettings, parse_augment, resolve
-from data_preprocessing import Split
+from data_preprocessing import Dataset, Split, task_labels
 
 CLASSES = 10
 NOISE_DIM = 64
@@ -129,11 +129,13 @@ def add_generated(split: Split, settings: TrainSettings) -> Split:
     noise_std = parse_augment(settings.augment).get("gan")
     if noise_std is None or not settings.gan_fraction:
         return split
-    path, device = resolve(settings.generator), split.images.device
+    path, device = resolve(settings.generator), split.data.images.device
     generator, generator_settings = load_generator(path)
     checkpoint.check_same_split(path, generator_settings, settings.seed, settings.valid_ratio)
     count = max(1, round(len(split.train) * settings.gan_fraction / (1 - settings.gan_fraction)))
     labels = torch.arange(count, device=device) % CLASSES
-    images = torch.cat([split.images, draw(generator.to(device), labels, settings.seed, noise_std)])
-    train = torch.cat([split.train, torch.arange(len(split.images), len(images), device=device)])
-    return Split(images, torch.cat([split.fine_labels, labels]), train, split.valid, generated=count)
+    data, task = split.data, task_labels(labels, len(split.data.class_names))
+    images = torch.cat([data.images, draw(generator.to(device), labels, settings.seed, noise_std)])
+    train = torch.cat([split.train, torch.arange(len(data.images), len(images), device=device)])
+    all_labels, all_fine_labels = torch.cat([data.labels, task]), torch.cat([data.fine_labels, labels])
+    return Split(Dataset(images, all_labels, data.class_names, all_fine_labels), train, split.valid, generated=count)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 import plots
 from config import Settings, TrainSettings, UserError, resolve, setting
-from data_preprocessing import CLASS_NAMES, Split, load_images, split_indices
+from data_preprocessing import CLASS_NAMES, Split, load_data, split_indices
 from device import choose_device, choose_precision, keep_freed_memory, move
 from gan.networks import CLASSES, draw, load_generator
 from metrics import mean_distance, nearest
@@ -41,8 +41,8 @@ def accuracy_after_training(split: Split, settings: ScoreSettings) -> float:
     """Validation accuracy of a fresh LEARNER."""
     learner = load_settings([*LEARNER, f"seed={settings.seed}"], TrainSettings)
     device = choose_device(settings.device)
-    images, labels, train, valid = (tensor.to(device) for tensor in split[:4])
-    trainer = Trainer(learner, learner.seed, Split(images, labels, train, valid), choose_precision(settings.precision, device))
+    split = Split(split.data.to(device), split.train.to(device), split.valid.to(device))
+    trainer = Trainer(learner, learner.seed, split, choose_precision(settings.precision, device))
     lines = [trainer.run_epoch(epoch, []) for epoch in range(1, learner.epochs + 1)]
     return lines[-1]["valid_accuracy"]
 
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"classifier={settings.classifier}: has not Fashion-MNIST's ten classes; name another")
     seed, valid_ratio = generator_settings["seed"], generator_settings["valid_ratio"]
     checkpoint.check_same_split(path, classifier.metadata.get("settings", {}), seed, valid_ratio)
-    images, labels = load_images("train", settings.data_path)
+    data = load_data("train", settings.data_path, {})
+    images, labels = data.images, data.labels
     train, valid = split_indices(labels, valid_ratio, seed)
     train = train[: settings.limit or None]
     count = min(CLASSIFIED, len(train) // 2)
@@ -89,9 +90,10 @@ def main(arguments: list[str]) -> None:
     plots.draw_sheet(pairs.numpy(), titles, 10, heading, out / "plots" / "nearest.png")
     # GAN-train: what does a classifier learn from samples alone?
     indices = torch.arange(len(train) + len(valid)).split([len(train), len(valid)])
-    mixed = Split(torch.cat([samples, images[valid]]), torch.cat([sample_labels, labels[valid]]), *indices)
-    scores["gan_train"] = accuracy_after_training(mixed, settings)
-    scores["real_train"] = accuracy_after_training(Split(images, labels, train, valid), settings)
+    mixed_labels = torch.cat([sample_labels, labels[valid]])
+    mixed = data._replace(images=torch.cat([samples, images[valid]]), labels=mixed_labels, fine_labels=mixed_labels)
+    scores["gan_train"] = accuracy_after_training(Split(mixed, *indices), settings)
+    scores["real_train"] = accuracy_after_training(Split(data, train, valid), settings)
 
     scores |= {"seconds": round(time.perf_counter() - started, 3), "versions": checkpoint.versions()}
     checkpoint.save_json(out / "scores.json", scores)

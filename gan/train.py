@@ -53,8 +53,8 @@ class GanTrainer:
     kind, model_kind = "gan_checkpoint", "generator"
 
     def __init__(self, settings: GanSettings, split: Split, precision: torch.dtype):
-        self.settings, self.precision, self.device = settings, precision, split.images.device
-        self.images, self.labels, self.train, *_ = split
+        self.settings, self.precision, self.device = settings, precision, split.data.images.device
+        self.images, self.labels, self.train = split.data.images, split.data.labels, split.train
         torch.manual_seed(settings.seed)
         self.rng = torch.Generator(self.device).manual_seed(settings.seed)  # of the order and the noise
         self.generator, self.discriminator = Generator().to(self.device), Discriminator().to(self.device)

@@ -29,6 +29,7 @@ PHOTOS = {
     "my_photos/1.png": 3,
 }  # in the README -> training image in its place
 PHOTOS |= {f"my_shoes/{part}/{name}/1.png": 10 * label for part in ("train", "test") for name, label in (("a", 1), ("b", 2))}
+PHOTOS |= {f"my_images/train/{'ab'[index % 2]}/{index}.png": index for index in range(20)}
 
 
 def commands(readme: str) -> list[list[str]]:

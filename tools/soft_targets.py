@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 from config import ModelFileSettings
-from data_preprocessing import load_images
+from data_preprocessing import load_data, training_settings
 from device import choose_device, choose_precision, keep_freed_memory, move
 from model import load_model
 from script import load_settings, run_script
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
     teacher = move(load_model(settings.model_path), device)
-    images, _ = load_images("train", settings.data_path)
+    images = load_data("train", settings.data_path, training_settings(teacher.metadata, settings)).images
     teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])
     log_probabilities = teacher_logits.log_softmax(2).mean(0).half()  # (2, N, C) -> (N, C)
     path = settings.out_path / "soft_targets.pt"

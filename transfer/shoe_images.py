@@ -1,16 +1,15 @@
 """The images of Task 2 by part and class: ankle boots of the data set, or folders PART/CLASS/*; drawing supports from them."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from config import ROOT, UserError
-from data_preprocessing import load_images
-from photo import WHOLE, face_left, printable, read_photograph
+from config import FASHION_MNIST, ROOT, UserError
+from data_preprocessing import load_images, read_class_folders, training_settings
+from photo import WHOLE, face_left, printable, read_photograph, read_view
 
 
 class Part(NamedTuple):
@@ -43,39 +42,25 @@ def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
     return shoes
 
 
-def read_part(folder: Path) -> Part | None:
-    """Photographs in CLASS/*, in the order of their names; None if there is no such folder. Whatever else lies there is passed
-    over with a line on stderr. Raises UserError if a class has no image that can be read."""
-    entries = sorted(folder.glob("*"))
-    classes = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
-    if not classes:
-        return None
-    for path in entries:
-        if path not in classes:
-            print(" ".join(f"{path}: passed over; images are expected in {folder}/CLASS/".split()), file=sys.stderr)
-    names: list[list[str]] = [[] for _ in classes]
-    views = []
-    for label, stems in zip(classes, names):
-        for path in sorted(label.iterdir()):  # one at a time: a phone's photograph is large
-            try:
-                views.append(read_photograph(path).views[:WHOLE])  # (2, 28, 28): cut out in two ways
-                stems.append(path.stem)
-            except UserError as error:
-                print(" ".join(str(error).split()), file=sys.stderr)
-        if not stems:
-            raise UserError(f"{label}: has no image that can be read; put some there, or remove the folder")
-    return make_part([path.name for path in classes], names, face_left(torch.cat(views)).unflatten(0, (-1, WHOLE)))
+def read_part(folder: Path, metadata: dict) -> Part:
+    """Photographs in CLASS/*, as `read_class_folders` reads them, with the views that a model with this metadata can read."""
+    trained = training_settings(metadata)
+    knows_garments = trained["data"] == FASHION_MNIST  # and reads them cut out in two ways, from one side
+
+    def read(path: Path) -> torch.Tensor:  # (V, 28, 28)
+        return read_photograph(path).views[:WHOLE] if knows_garments else read_view(path, trained["prepare"]).unsqueeze(0)
+
+    classes = read_class_folders(folder, read)
+    images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
+    if knows_garments:
+        images = face_left(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return make_part(list(classes), [[path.stem for path in files] for files in classes.values()], images)
 
 
-def read_parts(folder: Path, names: tuple[str, ...]) -> dict[str, Part]:
-    """The named parts that exist. Raises UserError if one of the first two is missing, or their classes differ or are one."""
-    parts = {name: part for name in names if (part := read_part(folder / name))}
-    for name in names[:2]:
-        if name not in parts:
-            raise UserError(f"{folder / name}: has no class folders; images are expected in {folder / name}/CLASS/")
+def read_parts(folder: Path, names: tuple[str, ...], metadata: dict) -> dict[str, Part]:
+    """The named parts that exist. Raises UserError if one of the first two is missing, or their classes differ."""
+    parts = {name: read_part(folder / name, metadata) for name in names if name in names[:2] or (folder / name).is_dir()}
     classes = parts["train"].classes
-    if len(classes) < 2:
-        raise UserError(f"{folder / 'train'}: has one class only, {classes[0]}; at least two are needed")
     for name, part in parts.items():
         if part.classes != classes:
             raise UserError(f"{folder / name}: has the classes {', '.join(part.classes)}; train/ has {', '.join(classes)}")

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import plots
-from config import Settings, UserError, resolve, setting
-from data_preprocessing import CLASS_NAMES, load_images, shuffle
+from config import FASHION_MNIST, Settings, UserError, resolve, setting
+from data_preprocessing import load_data, shuffle, training_settings
 from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
@@ -53,14 +53,16 @@ def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
 
 
 def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
-    """Training images to use without labels, uint8 `(U, 1, 28, 28)`: of the class that the supports come from, or of all."""
-    images, labels = load_images("train", settings.data_path)
+    """Images to use without labels, uint8 `(U, 1, 28, 28)`, among those that the model was trained on: of the class that the
+    supports come from, or of all."""
+    images, labels, names, _ = load_data("train", settings.data_path, training_settings(model.metadata))
     order = shuffle(torch.arange(len(labels)), torch.Generator().manual_seed(settings.seed))
-    by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(CLASS_NAMES))]
-    mixed = images[torch.cat([members[: UNLABELLED // len(by_class)] for members in by_class])]
+    by_class = [order[labels[order] == label][:UNLABELLED] for label in range(len(names))]
+    count = min(UNLABELLED // len(by_class), *map(len, by_class))
+    mixed = images[torch.cat([members[:count] for members in by_class])]
     examples = extract(model, mixed).unflatten(0, (len(by_class), -1))
     label = similar_class(extract(model, supports), examples)
-    print("unlabelled images:", "of all classes, which the supports do not resemble" if label is None else CLASS_NAMES[label])
+    print("unlabelled images:", "of all classes, which the supports do not resemble" if label is None else names[label])
     return (mixed, PHOTOGRAPHS) if label is None else (images[by_class[label]], DATA_SET)
 
 
@@ -98,13 +100,15 @@ def check_frozen(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 class Episodes:
     """The images of all episodes: supports in `drawn`, queries in `images` and `labels`, the saved model's supports in `kept`.
 
-    Raises UserError if a class has fewer images than shots, or if none is left to test on."""
+    `metadata` is the model's. Raises UserError if a class has fewer images than shots, or if none is left to test on."""
 
-    def __init__(self, settings: TransferSettings):
+    def __init__(self, settings: TransferSettings, metadata: dict):
+        if not settings.shoes_dir and (data := training_settings(metadata)["data"]) != FASHION_MNIST:
+            raise UserError(f"{settings.checkpoint}: was trained on data={data}, which has no shoes; name shoes_dir=FOLDER")
         choosing = settings.query == "pool"  # settings: the test images are not even read
         names = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
         folder = resolve(settings.shoes_dir or "transfer/shoes")
-        self.parts = read_parts(folder, names) if settings.shoes_dir else load_shoes(names, settings.data_path)
+        self.parts = read_parts(folder, names, metadata) if settings.shoes_dir else load_shoes(names, settings.data_path)
         self.classes, counts = self.parts["train"].classes, self.parts["train"].counts
         self.count, self.seed, self.shots = settings.episodes, settings.seed, settings.shots or min(counts)
         self.is_random = choosing or settings.episodes > 1
@@ -170,7 +174,9 @@ def replace_last_layer(
     model.classifier = nn.Linear(weights.shape[2], len(classes))
     model.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
     metadata = {key: model.metadata[key] for key in ("architecture", "activation", "epoch")}
-    metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": settings.model_dump()}
+    trained = training_settings(model.metadata)  # as whose images predict.py prepares others
+    all_settings = {"data": trained["data"], "prepare": trained["prepare"], **settings.model_dump()}
+    metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": all_settings}
     model.metadata = metadata | {"versions": checkpoint.versions()}
     return model
 
@@ -215,7 +221,7 @@ def main(arguments: list[str]) -> None:
     model = load_model(resolve(settings.checkpoint))
     before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
-    episodes = Episodes(settings)
+    episodes = Episodes(settings, model.metadata)
     learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")

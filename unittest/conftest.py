@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import Settings
-from data_preprocessing import load_images
+from data_preprocessing import CLASS_NAMES, Dataset, load_images
 from model import build_model
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bitwise on the CPU, also by the processes that tests start
@@ -18,6 +18,11 @@ def data_path():
 @pytest.fixture(scope="session")
 def train_data(data_path):
     return load_images("train", data_path)
+
+
+@pytest.fixture(scope="session")
+def dataset(train_data):
+    return Dataset(*train_data, CLASS_NAMES, train_data[1])
 
 
 @pytest.fixture(scope="session")

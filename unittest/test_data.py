@@ -73,7 +73,7 @@ def test_limit_keeps_the_first_training_images_and_all_validation_images(data_pa
 
 def test_runs_have_splits_of_their_own(data_path):
     splits = data.load_splits(TrainSettings(data_dir=str(data_path)), torch.device("cpu"), runs=2)
-    assert splits[1].valid.equal(data.split_indices(splits[1].fine_labels, 0.1, seed=1)[1])
+    assert splits[1].valid.equal(data.split_indices(splits[1].data.fine_labels, 0.1, seed=1)[1])
     assert not splits[0].valid.equal(splits[1].valid)
 
 

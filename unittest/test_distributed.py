@@ -98,10 +98,10 @@ def test_processes_have_random_numbers_of_their_own(two_processes):
     assert len(states) == 2 and not states[0].equal(states[1])  # of dropout
 
 
-def test_a_batch_of_fewer_images_than_processes_is_refused(train_data, monkeypatch):
+def test_a_batch_of_fewer_images_than_processes_is_refused(dataset, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="2 processes can't share a batch of 1;"):
-        Trainer(TrainSettings(batch_size=1), 0, Split(*train_data, torch.arange(10), torch.arange(10)), torch.float32)
+        Trainer(TrainSettings(batch_size=1), 0, Split(dataset, torch.arange(10), torch.arange(10)), torch.float32)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

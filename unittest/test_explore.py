@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import data_preprocessing
 import explore
-from data_preprocessing import class_names, task_labels
+from data_preprocessing import as_task
 
 
 def test_copies_are_counted_beyond_the_first(train_data):
@@ -13,13 +14,14 @@ def test_copies_are_counted_beyond_the_first(train_data):
 
 
 @pytest.mark.parametrize("output_dim", [2, 10])
-def test_pictures_are_drawn_and_classes_and_copies_counted(output_dim, tmp_path, monkeypatch, train_data, capsys):
-    monkeypatch.setattr(explore, "load_images", lambda *_: (train_data[0][:1_000], train_data[1][:1_000]))
+def test_pictures_are_drawn_and_classes_and_copies_counted(output_dim, tmp_path, monkeypatch, train_data, dataset, capsys):
+    monkeypatch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:1_000], train_data[1][:1_000]))
+    task = as_task(dataset, output_dim)
     explore.main([f"out_dir={tmp_path}", f"output_dim={output_dim}", "valid_ratio=0.2"])
     printed = capsys.readouterr().out
     assert "test images in the training set exactly: 1000, 0 of them with another label" in printed
-    rows = [line.split()[-3:] for line in printed.splitlines() if line.startswith(class_names(output_dim))]
+    rows = [line.split()[-3:] for line in printed.splitlines() if line.startswith(task.class_names)]
     training, validation, test = torch.tensor([list(map(int, row)) for row in rows]).unbind(1)
-    assert test.equal(task_labels(train_data[1][:1_000], output_dim).bincount()) and test.equal(training + validation)
+    assert test.equal(task.labels[:1_000].bincount()) and test.equal(training + validation)
     names = ["augmented.png", "classes.png", "means.png", "pairs.png", "samples.png"]
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == names

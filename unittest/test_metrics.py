@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 
 import metrics
 from trainer import loss_and_accuracy
@@ -31,6 +31,14 @@ def test_confusion_precision_recall_and_f1_are_scikit_learns(sample):
     reference = precision_recall_fscore_support(labels, logits.argmax(1), zero_division=0)
     for key, values in zip(("precision", "recall", "f1", "n"), reference):
         assert [ours[name][key] for name in "abcde"] == pytest.approx(values.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_balanced_accuracy_is_scikit_learns(sample):
+    logits, labels = sample
+    predicted = logits.argmax(1).where(labels > 0, 0)  # one class is always right, another one never true
+    ours = metrics.balanced_accuracy(metrics.confusion_matrix(labels, predicted, 5))
+    assert ours == pytest.approx(balanced_accuracy_score(labels, predicted)) and ours > 0.3
 
 
 @pytest.mark.parametrize("correct, n", [(9_993, 10_000), (10_000, 10_000), (0, 20), (18, 20)])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import checkpoint
+import data_preprocessing
 import predict
 import test as test_script
 from config import UserError
@@ -282,8 +283,7 @@ def test_without_a_recipe_there_are_two_answers(folder, capsys, monkeypatch):
 @pytest.fixture
 def training_images(monkeypatch, train_data):
     """test.py and predict.py read training images in place of the test images, which no test may evaluate."""
-    for script in (test_script, predict):
-        monkeypatch.setattr(script, "load_images", lambda split, path: (train_data[0][:500], train_data[1][:500]))
+    monkeypatch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:500], train_data[1][:500]))
 
 
 def test_predict_takes_a_test_image_by_its_number(out, training_images, train_data, capsys):
@@ -324,7 +324,7 @@ def losses(out, train_data):
         patch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
         for tta in ("none", "hflip"):
             for side, images in (("left", train_data[0][:100]), ("right", train_data[0][:100].flip(-1))):
-                patch.setattr(test_script, "load_images", lambda *_, images=images: (images, train_data[1][:100]))
+                patch.setattr(data_preprocessing, "load_images", lambda *_, images=images: (images, train_data[1][:100]))
                 test_script.main([f"out_dir={out}", f"tta={tta}"])
                 losses[tta, side] = json.loads((out / "scores.json").read_text())["loss"]
     return losses

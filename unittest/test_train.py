@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import config
+import data_preprocessing
 import train
 import trainer
 from augmentation import FUNCTIONS
@@ -433,13 +434,15 @@ SETTINGS = [  # each after those without which it has no effect
     "init=he",
     "batch_norm=true",
     "label_smoothing=0.1",
+    "class_weights=balanced",
+    "label_smoothing=0.1 class_weights=balanced",
     "architecture=mlp",
     "epochs=1 architecture=mlp folds=2",
     *(f"augment= augment={name}" for name in (*FUNCTIONS, "scene")),
 ]
 ELSEWHERE = {  # their effects have tests of their own
     *("recipe", "data_dir", "out_dir", "device", "pretrained", "runs", "resume", "patience", "ema_decay"),
-    *("teacher", "distill_weight", "gan_fraction", "generator", "finetune", "log"),
+    *("teacher", "distill_weight", "gan_fraction", "generator", "finetune", "log", "data", "prepare"),
 }
 
 
@@ -495,8 +498,9 @@ def test_with_all_weight_on_the_teacher_the_labels_have_no_effect(uninterrupted,
 @pytest.fixture
 def targets(uninterrupted, train_data, monkeypatch):
     """The contents of soft_targets.pt, of the first 50 images only."""
-    monkeypatch.setattr(soft_targets, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
-    soft_targets.main([f"out_dir={uninterrupted[1]}", "precision=float32"])
+    with monkeypatch.context() as patch:
+        patch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
+        soft_targets.main([f"out_dir={uninterrupted[1]}", "precision=float32"])
     return checkpoint.load(uninterrupted[1] / "soft_targets.pt", "soft_targets")
 
 

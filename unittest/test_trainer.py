@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TrainSettings, UserError
-from data_preprocessing import Split, shuffle
+from data_preprocessing import Split, as_task, shuffle
 from model import build_model
 from trainer import EMA, TEMPERATURE, Criterion, HardExampleSampler, Trainer, epoch_batches
 
@@ -142,7 +142,7 @@ def batch(train_data):
 
 def build_criterion(**settings):
     torch.manual_seed(0)
-    return Criterion(build_model("mlp", 2), TrainSettings(architecture="mlp", output_dim=2, **settings))
+    return Criterion(build_model("mlp", 2), TrainSettings(architecture="mlp", **settings), 10)
 
 
 def test_without_extras_the_loss_is_the_cross_entropy(batch):
@@ -164,6 +164,15 @@ def test_label_smoothing_is_torchs(batch):
     criterion = build_criterion(label_smoothing=0.2)
     loss, _ = criterion(*batch, None)
     assert loss.equal(F.cross_entropy(criterion.model(batch[0]), batch[1], label_smoothing=0.2))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_are_torchs_without_its_division_by_their_sum(smoothing, batch):
+    criterion, weights = build_criterion(label_smoothing=smoothing), torch.tensor([0.5, 3.0])
+    criterion.class_weights = weights
+    logits = criterion.model(batch[0])
+    expected = F.cross_entropy(logits, batch[1], weights, reduction="sum", label_smoothing=smoothing) / 64
+    assert torch.allclose(criterion(*batch, None)[0], expected)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, 1.0])
@@ -210,65 +219,73 @@ def test_an_auxiliary_head_survives_the_round_trip(batch):
 
 def build_trainer(data, *, precision=torch.float32, **settings):
     """A trainer of two classes on the images with even numbers below 256; the others validate."""
-    defaults = {"output_dim": 2, "batch_size": 64, "epochs": 8}
+    defaults = {"batch_size": 64, "epochs": 8}
     train, valid = torch.arange(0, 256, 2), torch.arange(1, 256, 2)
-    return Trainer(TrainSettings(**defaults | settings), 0, Split(*data, train, valid), precision)
+    return Trainer(TrainSettings(**defaults | settings), 0, Split(as_task(data, 2), train, valid), precision)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_training_lowers_the_loss_and_raises_the_accuracy(precision, train_data):
-    trainer = build_trainer(train_data, precision=precision)
+def test_training_lowers_the_loss_and_raises_the_accuracy(precision, dataset):
+    trainer = build_trainer(dataset, precision=precision)
     results = [trainer.train_epoch(epoch, []) for epoch in range(1, 6)]
     assert results[-1][0] < results[0][0] and results[-1][1] > results[0][1]
 
 
-def test_the_losses_of_an_epochs_images_are_recorded(train_data):
-    trainer = build_trainer(train_data, hard_fraction=0.5)
+def test_the_losses_of_an_epochs_images_are_recorded(dataset):
+    trainer = build_trainer(dataset, hard_fraction=0.5)
     loss, _ = trainer.train_epoch(1, [])
     assert trainer.sampler.losses[::2].isfinite().all() and trainer.sampler.losses[1::2].isinf().all()
     assert trainer.sampler.losses[::2].mean().item() == pytest.approx(loss, rel=1e-5)
 
 
-def test_without_extras_there_is_no_ema_sampler_or_auxiliary_head(train_data):
-    trainer = build_trainer(train_data)
+def test_without_extras_there_is_no_ema_sampler_or_auxiliary_head(dataset):
+    trainer = build_trainer(dataset)
     assert (trainer.ema, trainer.sampler, trainer.criterion.aux_head, trainer.teacher) == (None,) * 4
     state = trainer.state_dict()
     assert (state["ema"], state["sampler"], state["aux_head"]) == (None,) * 3
 
 
-def test_the_state_has_the_extras_that_are_used(train_data):
-    trainer = build_trainer(train_data, ema_decay=0.9, first_epoch_fraction=0.5, aux_loss_weight=1.0)
+def test_the_state_has_the_extras_that_are_used(dataset):
+    trainer = build_trainer(dataset, ema_decay=0.9, first_epoch_fraction=0.5, aux_loss_weight=1.0)
     state = trainer.state_dict()
     assert state["ema"].keys() == state["model"].keys()
     assert (state["sampler"].keys(), state["aux_head"].keys()) == ({"losses"}, {"weight", "bias"})
 
 
-def test_the_models_normalisation_is_of_its_training_images(train_data):
-    pixels = train_data[0][:256:2].double() / 255
-    model = build_trainer(train_data).model
+def test_the_models_normalisation_is_of_its_training_images(dataset):
+    pixels = dataset.images[:256:2].double() / 255
+    model = build_trainer(dataset).model
     assert (model.mean.item(), model.std.item()) == pytest.approx((pixels.mean().item(), pixels.std().item()), rel=1e-4)
 
 
-def test_symmetric_scaling_is_to_minus_1_to_1(train_data):
-    x = build_trainer(train_data, scaling="symmetric").model.normalize(train_data[0][:100])
+def test_balanced_class_weights_are_inverse_to_the_training_images_classes_and_1_on_average(dataset):
+    trainer = build_trainer(dataset, class_weights="balanced")
+    labels = trainer.labels[trainer.train]
+    weights = trainer.criterion.class_weights
+    assert (weights * labels.bincount()).tolist() == [64.0, 64.0] and weights[labels].mean().item() == pytest.approx(1)
+    assert build_trainer(dataset).criterion.class_weights is None
+
+
+def test_symmetric_scaling_is_to_minus_1_to_1(dataset):
+    x = build_trainer(dataset, scaling="symmetric").model.normalize(dataset.images[:100])
     assert (x.min(), x.max()) == (-1, 1)
 
 
-def test_the_first_epochs_have_their_fractions_of_the_images(train_data):
-    trainer = build_trainer(train_data, first_epoch_fraction=0.5, hard_fraction=0.25, batch_size=16, epochs=3)
+def test_the_first_epochs_have_their_fractions_of_the_images(dataset):
+    trainer = build_trainer(dataset, first_epoch_fraction=0.5, hard_fraction=0.25, batch_size=16, epochs=3)
     assert (trainer.counts, trainer.steps) == ([64, 32, 32], [4, 2, 2])
 
 
-def test_a_whitened_first_layer_is_not_trained(train_data):
-    trainer = build_trainer(train_data, architecture="fast_cnn")
+def test_a_whitened_first_layer_is_not_trained(dataset):
+    trainer = build_trainer(dataset, architecture="fast_cnn")
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train_epoch(1, [])
     same = {name for name, tensor in trainer.model.named_parameters() if tensor.equal(before[name])}
     assert same == {"features.0.weight"}
 
 
-def test_a_loss_that_is_not_finite_ends_the_epoch_before_the_parameters_change(train_data):
-    trainer = build_trainer(train_data)
+def test_a_loss_that_is_not_finite_ends_the_epoch_before_the_parameters_change(dataset):
+    trainer = build_trainer(dataset)
     with torch.no_grad():
         trainer.model.classifier.bias[0] = torch.nan
     before = trainer.model.features[0].weight.clone()
@@ -277,6 +294,6 @@ def test_a_loss_that_is_not_finite_ends_the_epoch_before_the_parameters_change(t
     assert trainer.model.features[0].weight.equal(before)
 
 
-def test_a_line_of_history_has_the_learning_rate_of_the_last_step(train_data):
-    line = build_trainer(train_data, schedule="linear", warmup=0.0, lr=0.5, epochs=2).run_epoch(1, [])
+def test_a_line_of_history_has_the_learning_rate_of_the_last_step(dataset):
+    line = build_trainer(dataset, schedule="linear", warmup=0.0, lr=0.5, epochs=2).run_epoch(1, [])
     assert line["lr"] == pytest.approx(0.5 * 0.75)  # the second of four steps

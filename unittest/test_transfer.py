@@ -229,7 +229,7 @@ def test_a_recipes_model_can_be_the_frozen_one(own_shoes, tmp_path):
 
 def test_own_classes_are_learned_and_the_scores_agree_with_the_saved_model(out, own_shoes):
     scores = json.loads((out / "scores.json").read_text())
-    test = shoe_images.read_part(own_shoes / "test")
+    test = shoe_images.read_part(own_shoes / "test", {})
     logits = infer(load_model(out / "best_model.pt"), test.images[:, :1])  # its views are the same: it is on black already
     assert scores["test_images"] == 15 and scores["shots"] == 4 and scores["episodes"] == 1
     assert scores["accuracy_mean"] == (logits.argmax(1) == test.labels).double().mean().item() >= 0.8
@@ -276,7 +276,7 @@ def test_inside_its_own_folder_settings_are_chosen_on_the_pool_without_a_file_wr
 
 
 def test_supports_from_the_pool_are_no_queries(train_data):
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=10))
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=10), {})
     rows = episodes.run({"pixels": pixel_learner(train_data[0][:100], few_shot.PHOTOGRAPHS)})["pixels"][2]
     right = np.array(rows) * 113  # of 117 images, four are supports
     assert right == pytest.approx(right.round()) and len(rows) == 10
@@ -285,7 +285,7 @@ def test_supports_from_the_pool_are_no_queries(train_data):
 def test_choosing_settings_reads_no_test_image(monkeypatch, tmp_path):
     load_images = shoe_images.load_images
     monkeypatch.setattr(shoe_images, "load_images", lambda split, path: load_images({"train": "train"}[split], path))
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2))
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2), {})
     assert episodes.parts.keys() == {"train", "pool"}
 
 
@@ -346,7 +346,7 @@ def test_a_stray_file_is_passed_over_with_one_line(name, own_shoes, tmp_path, ca
         shutil.copy(next((folder / "Bag").iterdir()), path)
     else:
         path.write_bytes(b"no image")
-    part = shoe_images.read_part(folder)
+    part = shoe_images.read_part(folder, {})
     assert part.counts == (5, 5, 5)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{path}: ")
