@@ -114,6 +114,7 @@ def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:
     framed[margin:-margin, margin:-margin] = mask[margin:-margin, margin:-margin]
     if (framed == cv2.GC_PR_FGD).sum() < 20:
         framed[height // 4 : -height // 4, width // 4 : -width // 4] = cv2.GC_PR_FGD
+    cv2.setRNGSeed(0)  # the view of a photograph should not depend on those before it
     try:
         cv2.grabCut(small, framed, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
     except cv2.error:  # too few pixels or colours for its mixtures
