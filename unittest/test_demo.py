@@ -94,7 +94,7 @@ def test_pictures_are_deleted_when_the_script_ends(server, page):
     process, _, folder = server
     assert list(folder.rglob("broken.jpg"))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 143 and not list(folder.iterdir())
+    assert process.wait(60) == 143 and not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
