@@ -80,7 +80,7 @@ def card(network: str) -> str:
     limits += BLACK_ONLY if kind in ("classes", "task 1") else ""
     parts = [f"# {title}", table, f"**Use.** {USES[kind]}", f"**Limits.** {limits}"]
     if kind == "photo":
-        parts.append(re.findall(r"\| photographs \|.*?\n(?=\n)", (ROOT / "README.md").read_text(), re.DOTALL)[0].strip())
+        parts.append(re.findall(r"\| photographs \|.*?\n(?=\n)", (ROOT / "RESULTS.md").read_text(), re.DOTALL)[0].strip())
     parts.append(f"MIT licence. SHA-256 in [SHA256SUMS]({root}SHA256SUMS). Written by `python tools/cards.py`.")
     return "\n\n".join(parts) + "\n"
 
@@ -129,7 +129,7 @@ def few_shot_figures(scores: dict) -> dict[str, str]:
     return {
         "Test accuracy": f"{percent(scores['accuracy_mean'])} (95 % interval {low} to {high}, n={scores['test_images']})",
         "Data": "two images of each class; 1,500 unlabelled boots; Task 1's frozen convolutions ([DATA.md](../DATA.md))",
-        "Command": "`python transfer/train_eval.py`; 200 other draws are in [README.md](../README.md)",
+        "Command": "`python transfer/train_eval.py`; 200 other draws are in [RESULTS.md](../RESULTS.md)",
     }
 
 

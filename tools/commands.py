@@ -1,6 +1,6 @@
-"""Run every command in the README, dry: `python tools/commands.py`, a few minutes. Exit code 1 if one of them fails.
+"""Run every command in README.md and GUIDE.md, dry: `python tools/commands.py`, a few minutes. Exit code 1 if one of them fails.
 
-They run in a copy of the repository, in the README's order, with fewer images and epochs. Left out: pip, pytest,
+They run in a copy of the repository, in their order, with fewer images and epochs. Left out: pip, pytest,
 tools/bench.py, which measures, and what waits for a browser.
 """
 
@@ -27,14 +27,14 @@ PHOTOS = {
     "another.png": 1,
     "photo.jpg": 2,
     "my_photos/1.png": 3,
-}  # in the README -> training image in its place
+}  # in the pages -> training image in its place
 PHOTOS |= {f"my_shoes/{part}/{name}/1.png": 10 * label for part in ("train", "test") for name, label in (("a", 1), ("b", 2))}
 PHOTOS |= {f"my_images/train/{'ab'[index % 2]}/{index}.png": index for index in range(20)}
 
 
-def commands(readme: str) -> list[list[str]]:
-    """The words of the README's commands, in order."""
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
+def commands(page: str) -> list[list[str]]:
+    """The words of a page's commands, in order."""
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [words for words in parts if words and not LEFT_OUT & set(words)]
 
@@ -61,7 +61,7 @@ def main() -> int:
         for name, index in PHOTOS.items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(255 - images[index, 0].numpy()).resize((280, 280)).save(copy / name)  # dark on white
-        for words in commands((ROOT / "README.md").read_text()):
+        for words in commands((ROOT / "README.md").read_text() + (ROOT / "GUIDE.md").read_text()):
             started = time.perf_counter()
             ended = subprocess.run(dry(words), cwd=copy, capture_output=True, text=True)
             last = (ended.stdout.strip().splitlines() or [""])[-1]

@@ -1,7 +1,7 @@
-"""The README's table of ten-class results and the picture of overfitting: `python tools/results.py`.
+"""RESULTS.md's table of ten-class results and the picture of overfitting: `python tools/results.py`.
 
 A recipe's row is the mean over runs/NAME and runs/NAME/seed_*, wherever train.py and test.py have left a scores.json. Replaces
-the text between the two marks in README.md, and draws plots/overfitting.png. Trains and tests nothing.
+the text between the two marks in RESULTS.md, and draws plots/overfitting.png. Trains and tests nothing.
 """
 
 import json
@@ -19,7 +19,7 @@ from script import run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
-OURS = ("fast", "resnet8_alone", "tiny_best", "photo")
+OURS = ("fast", "micro", "resnet8_alone", "tiny_best", "resnet20", "resnet20_wide", "photo", "photo_wide")
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
 MARKS = ("<!-- python tools/results.py -->\n", "<!-- end of python tools/results.py -->\n")
 
@@ -75,17 +75,17 @@ def table(root: Path = ROOT) -> str:
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not understood; results.py takes no settings")
-    readme = ROOT / "README.md"
-    rows, text = table(), readme.read_text(encoding="utf-8")
+    page = ROOT / "RESULTS.md"
+    rows, text = table(), page.read_text(encoding="utf-8")
     changed, found = re.subn(f"(?<={MARKS[0]}).*(?={MARKS[1]})", lambda _: rows, text, flags=re.DOTALL)
     if not found:
-        raise UserError(f"{readme}: lacks the line {MARKS[0].strip()} or {MARKS[1].strip()}; put them around the table")
-    write_atomically(readme, changed.encode())
+        raise UserError(f"{page}: lacks the line {MARKS[0].strip()} or {MARKS[1].strip()}; put them around the table")
+    write_atomically(page, changed.encode())
     print(rows, end="")
     paths = [ROOT / "runs" / name / "history.jsonl" for name in ("deep_cnn", "deep_cnn_dropout")]
     if all(path.exists() for path in paths):
         plots.draw_overfitting({path.parent.name: read_history(path)[1] for path in paths}, ROOT / "plots" / "overfitting.png")
-    print(f"wrote the table to {readme}")
+    print(f"wrote the table to {page}")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def test_a_file_that_computes_something_else_is_not_written(out, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_readmes_lines_classify_without_torch(out, train_data):
+def test_the_guides_lines_classify_without_torch(out, train_data):
     folder = out.parent.parent
     Image.fromarray(255 - train_data[0][1, 0].numpy()).resize((280, 280)).save(folder / "photo.jpg")
-    lines = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / "GUIDE.md").read_text(), re.DOTALL)[0]
     lines += "import sys; assert 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", lines], cwd=folder, capture_output=True, text=True)
     assert re.fullmatch(r"T-shirt/top \d+\.\d%\n", ended.stdout), ended.stderr
