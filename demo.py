@@ -26,7 +26,7 @@ import plots
 from config import ModelFileSettings, UserError, resolve, setting
 from data_preprocessing import CLASS_NAMES, CLOTHES_OR_SHOE, load_images, training_settings
 from model import Classifier, freeze, load_model
-from occlusion import occlusion_map
+from occlusion import occlusion_maps
 from photo import classify, clothes_or_shoe, read_photograph, select_views
 from predict import load_for_photographs
 from script import import_extra, load_settings, run_script
@@ -46,8 +46,7 @@ class DemoSettings(ModelFileSettings):
 
 def draw_views(model: Classifier, views: torch.Tensor, label: int) -> Image.Image:
     """Views, uint8 `(V, 28, 28)`, side by side, and below them what mattered to the probability of class `label`."""
-    maps = torch.stack([occlusion_map(model, view.unsqueeze(0), label) for view in views])
-    pixels = (plots.tile(views.numpy(), maps.numpy()) * 255).astype(np.uint8)
+    pixels = (plots.tile(views.numpy(), occlusion_maps(model, views, label).numpy()) * 255).astype(np.uint8)
     return ImageOps.scale(Image.fromarray(pixels), 8, Image.Resampling.NEAREST)
 
 

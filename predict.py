@@ -22,9 +22,9 @@ import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
-from device import choose_device, move
+from device import choose_device, keep_freed_memory, move
 from model import Classifier, load_model
-from occlusion import occlusion_map
+from occlusion import occlusion_maps
 from photo import classify, clothes_or_shoe, printable, read_photographs, select_views
 from script import HELP, load_settings, run_script
 from trainer import infer
@@ -43,7 +43,7 @@ def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Te
     names, view, label = model.metadata["class_names"], images[index], int(labels[index])  # view (1, 28, 28)
     probability = infer(model, view.unsqueeze(0)).softmax(1)
     print(f"test image {index}: predicted {answer(probability[0], names)}, true {names[label]}")
-    fall = occlusion_map(model, view, int(probability.argmax()))[None].numpy()
+    fall = occlusion_maps(model, view, int(probability.argmax())).numpy()
     titles = [f"test image {index}"]
     plots.draw_predictions([view[0].numpy()], [view.numpy()], [fall], titles, probability.numpy(), names, [label], path)
     print(f"wrote {path}")
@@ -82,10 +82,7 @@ def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_sh
     for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
         originals, labels = [photograph.picture for photograph in photographs[part]], probabilities[part].argmax(1).tolist()
-        maps = [
-            torch.stack([occlusion_map(model, view.unsqueeze(0), label) for view in some]).numpy()  # (V, 28, 28)
-            for some, label in zip(views[part], labels)
-        ]
+        maps = [occlusion_maps(model, some, label).numpy() for some, label in zip(views[part], labels)]  # (V, 28, 28) each
         inputs, chances, unknown = list(views[part].numpy()), probabilities[part].numpy(), [None] * len(maps)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
         plots.draw_predictions(originals, inputs, maps, titles[part], chances, names, unknown, path)
@@ -116,6 +113,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
+    keep_freed_memory()
     if paths:
         model, is_photo = load_for_photographs(settings)
         return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)
