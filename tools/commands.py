@@ -33,10 +33,10 @@ PHOTOS |= {f"my_images/train/{'ab'[index % 2]}/{index}.png": index for index in 
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of a page's commands, in order."""
+    """The words of a page's commands, in order, each command once."""
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
-    parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-    return [words for words in parts if words and not LEFT_OUT & set(words)]
+    parts = dict.fromkeys(tuple(shlex.split(part, comments=True)) for line in lines for part in line.split("&&"))
+    return [list(words) for words in parts if words and not LEFT_OUT & set(words)]
 
 
 def dry(words: list[str]) -> list[str]:
