@@ -224,7 +224,8 @@ class Trainer:
         count = self.counts[epoch - 1]
         order = self.sampler.order(count, self.generator) if self.sampler else shuffle(self.train, self.generator)
         first_step, all_steps = sum(self.steps[: epoch - 1]), sum(self.steps)
-        seen, sums = 0, torch.zeros(2, dtype=torch.float64, device=self.device)  # of the losses, and of the correct answers
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        seen, sums = 0, torch.zeros(2, dtype=dtype, device=self.device)  # of the losses, and of the correct predictions
         bar = epoch_batches(order, self.settings, epoch)
         for step, indices in enumerate(bar, first_step):
             # augmented before it is sharded, so that the random numbers are the same for any number of processes
