@@ -21,7 +21,7 @@ import train
 from config import ROOT, RunSettings, TrainSettings, UserError
 from data_preprocessing import Split, load_splits
 from run import Run
-from script import load_settings
+from script import load_settings, run_script
 from trainer import Trainer
 
 # without batch normalisation, whose statistics are those of a shard on CPUs; shards of 32 and 31 images
@@ -136,5 +136,4 @@ if __name__ == "__main__":
         checkpoint.write_atomically(Path(double[0]), json.dumps(losses_in_double(double[1])).encode())
     else:
         run_epoch, Trainer.run_epoch = Trainer.run_epoch, run_epoch_or_die
-    train.main(words.split())
-    torch.distributed.destroy_process_group()
+    run_script(train.main, words.split())  # as train.py ends; torch's threads sometimes abort a process that takes its time
