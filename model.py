@@ -19,7 +19,7 @@ applies to each.
 | resnet8, resnet14, resnet14_photo | 77,754, 99,418, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
 | resnet8_thin, resnet20, resnet20_wide | 19,146, 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
-| fast_cnn | 29,178 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
+| fast_cnn, fast_cnn_wide, fast_cnn_deep | 29,178, 95,034, 279,738 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
 
 import copy
@@ -223,15 +223,34 @@ def resnet18_56(output_dim: int) -> Classifier:
     return model
 
 
-def fast_cnn(output_dim: int) -> Classifier:
-    """Learns fast: a whitened first layer, batch normalisation, few MACs."""
+def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
+    """A whitened first layer and max-pooling, then stages of 3x3 convolutions with batch normalisation; a stage lists their
+    channels, and its last one is pooled. The side halves from one stage to the next: 14, 7, 3."""
     layers: list[nn.Module] = []
-    for channels, output_channels in ((1, 16), (16, 32), (32, 64)):  # 28 -> 14 -> 7 -> 3
-        convolution = nn.Conv2d if layers else WhitenedConv2d
-        layers += [convolution(channels, output_channels, 3, padding=1, bias=False), nn.MaxPool2d(2)]
-        layers += [nn.BatchNorm2d(output_channels), nn.ReLU(inplace=True)]
-    layers += [nn.Flatten(), nn.Dropout(0.0)]  # (N, 64, 3, 3) -> (N, 576)
-    return Classifier(nn.Sequential(*layers), 64 * 3 * 3, output_dim)
+    channels = 1
+    for stage in ((16,), *stages):
+        for number, output_channels in enumerate(stage, 1):
+            convolution = nn.Conv2d if layers else WhitenedConv2d
+            layers.append(convolution(channels, output_channels, 3, padding=1, bias=False))
+            if number == len(stage):
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.BatchNorm2d(output_channels), nn.ReLU(inplace=True)]
+            channels = output_channels
+    layers += [nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 3, 3) -> (N, channels * 9)
+    return Classifier(nn.Sequential(*layers), channels * 3 * 3, output_dim)
+
+
+def fast_cnn(output_dim: int) -> Classifier:
+    """Learns fast: few MACs."""
+    return _fast_cnn(output_dim, (32,), (64,))
+
+
+def fast_cnn_wide(output_dim: int) -> Classifier:
+    return _fast_cnn(output_dim, (64,), (128,))
+
+
+def fast_cnn_deep(output_dim: int) -> Classifier:
+    return _fast_cnn(output_dim, (64, 64), (128, 128))
 
 
 _FUNCTIONS = (
@@ -250,6 +269,8 @@ _FUNCTIONS = (
     resnet18,
     resnet18_56,
     fast_cnn,
+    fast_cnn_wide,
+    fast_cnn_deep,
 )
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {function.__name__: function for function in _FUNCTIONS}
 

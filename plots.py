@@ -267,32 +267,31 @@ def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[
         importance.set(title="Importance", xlabel="fraction of the variance of the loss")
 
 
-def draw_time_to_accuracy(
-    recipes: dict[str, tuple[float, float]], ours: Sequence[str], ordinary: Sequence[tuple[float, float]], path: Path
+def draw_ladder(
+    rungs: Mapping[str, Sequence[Mapping[str, float]]],
+    ordinary: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: Path,
 ) -> None:
-    """Minutes of training (log scale) and accuracy of each recipe, `ours` in another colour, and the best so far; of ordinary
-    training the same by epoch."""
-    with picture(path, (9, 6)) as figure:
+    """Seconds (log scale) and test accuracy of each recipe's seeds; seconds and validation accuracy, by epoch, of models that
+    were trained with DataLoader, from their (seconds, loss, accuracy)."""
+    with picture(path, (8, 5)) as figure:
         axes = figure.subplots()
-        axes.plot(*zip(*ordinary), "o-", color="0.6", markersize=3, label="resnet8 through DataLoader, validation, by epoch")
-        minutes, accuracies = np.array(sorted(recipes.values())).T
-        best = np.maximum.accumulate(accuracies)
-        axes.step(minutes, best, where="post", color="0.85", lw=4, label="the best so far", zorder=0)
-        labels = {ORANGE: "a reference's recipe", BLUE: "its architecture, our recipe", GREEN: "our architectures"}
-        height = 0.0
-        for name, point in sorted(recipes.items(), key=lambda item: item[1][1]):  # names in a column on the right
-            colour = GREEN if name in ours else BLUE if name.endswith("_plus") else ORANGE
-            axes.plot(*point, "o", color=colour, markersize=6, label=labels.pop(colour, None))  # once in the legend
-            height = max(point[1], height + 0.0035)  # so that they don't overlap
-            line = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "lw": 0.8}
-            axes.annotate(name, point, (500, height), fontsize=8, color=colour, va="center", arrowprops=line)
-        axes.set(xscale="log", xlabel="minutes of training, on one core or two", ylabel="accuracy", title="What accuracy costs")
+        for (name, epochs), colour in zip(ordinary.items(), ("0.4", "0.7")):
+            seconds, _, accuracies = zip(*epochs)
+            axes.plot(seconds, accuracies, "o-", color=colour, markersize=3, label=f"{name} through DataLoader, by epoch")
+        for name, rows in rungs.items():
+            seconds, accuracies = ([row[key] for row in rows] for key in ("seconds", "accuracy"))
+            axes.plot(seconds, accuracies, "o", color=BLUE, markersize=4)
+            place = np.mean(seconds), np.mean(accuracies)
+            text = f"{name}: {place[1]:.2%} in {place[0]:.3g} s"
+            axes.annotate(text, place, (0, 12), textcoords="offset points", color=BLUE, ha="center", fontsize=9)
+        axes.set(xscale="log", xlabel="seconds of the whole process, two cores", ylabel="accuracy", title="What accuracy costs")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlim(left=3)
+        axes.margins(y=0.1)
         axes.grid()
-        axes.set_xlim(min(minutes) / 2, 2_000)
-        axes.set_ylim(min(accuracies) - 0.03)  # where the points lie; ordinary training may begin below
-        axes.legend(loc="upper left", fontsize=8)
+        axes.legend(loc="lower left")
 
 
 def overlay_map(view: np.ndarray, fall: np.ndarray) -> np.ndarray:

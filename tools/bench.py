@@ -4,10 +4,9 @@
                    which the one with the lowest validation loss is kept
     part=test      `python test.py` against `python -c "import torch"` (reads the test images)
     part=valid     validation accuracy over seeds 0 to N-1, each with its own split; for choosing settings
-    part=feed      images per second of training against those on one batch that is ready on the device
     part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
-    part=fast      part=accuracy of recipe=fast, and its seconds against those of ResNet-8, trained as its authors do, until it
-                   has their accuracy on validation images
+    part=ladder    test accuracy against seconds of the whole process, over seeds, of the recipes in RUNGS or of the one named;
+                   without a recipe also two models trained with DataLoader; draws plots/ladder.png
     part=photos    accuracy of Task 1 and of the recipe (photo) on the photographs in photos=FOLDER, by class (tools/photos.py)
 
 Prints a row of figures per repeat, then each figure's mean, median and range. Sides that are compared alternate, each in a
@@ -34,17 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import plots
 from checkpoint import best_epoch, read_history
 from config import ROOT, Settings, TrainSettings, UserError, setting
-from data_preprocessing import IDX_FILES, SHOES, find_idx, load_splits, split_indices
-from device import autocast, choose_device, choose_precision, keep_freed_memory
-from gan.networks import add_generated
+from data_preprocessing import IDX_FILES, SHOES, find_idx, split_indices
 from model import build_model, load_model
 from script import load_settings, run_script
 from tools import photos
-from tools.results import OURS, RECIPES, REFERENCES, minutes_and_accuracy, read_seeds
-from trainer import Trainer, loss_and_accuracy
+from trainer import loss_and_accuracy
 
-ORDINARY = {"cnn": (54, 0.001, 10), "resnet8": (64, 0.0001, 1000)}  # the references' batch size, learning rate, epochs
-FEED_STEPS = 50
+ORDINARY = {"cnn": (54, 0.001, 10), "resnet8": (64, 0.0001, 12), "deep_cnn": (32, 0.001, 12)}  # batch size, lr, epochs
+RUNGS = {"fast": 10, "fast93": 5, "fast94": 5}  # recipes of the ladder -> seeds
 Commands = dict[str, list[str]]  # of "train.py" and "test.py", which write to a folder of ours
 Row = dict[str, float]  # name of a figure -> its value; accuracies in 0..1
 
@@ -52,7 +48,7 @@ Row = dict[str, float]  # name of a figure -> its value; accuracies in 0..1
 class BenchSettings(TrainSettings):
     """Benchmark"""
 
-    part: Literal["train", "test", "valid", "feed", "accuracy", "fast", "photos"] = setting("train", "what to measure")
+    part: Literal["train", "test", "valid", "accuracy", "ladder", "photos"] = setting("train", "what to measure")
     photos: str = setting("", "part=photos: folder with CLASS/* photographs")
     repeats: int = setting(3, "runs of each side, or seeds", ge=1, le=100)
 
@@ -126,33 +122,6 @@ def copy_images(settings: Settings, folder: str) -> None:
         (raw / name).write_bytes(find_idx(name, settings.data_path))
 
 
-def feed(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
-    """Images per second of the training loop, and of the same model on one batch that is ready on the device."""
-    keep_freed_memory()
-    device = choose_device(settings.device)
-    precision = choose_precision(settings.precision, device)
-    split = load_splits(settings, device)[0]
-    split = add_generated(split._replace(train=split.train[: FEED_STEPS * settings.batch_size]), settings)
-    trainer = Trainer(settings, settings.seed, split, precision)
-    steps, indices = trainer.steps[0], trainer.train[: settings.batch_size]
-    x, labels = trainer.model.normalize(trainer.images[indices]), trainer.labels[indices]
-
-    for repeat in range(settings.repeats + 1):
-        started = time.perf_counter()
-        trainer.train_epoch(1, [])
-        halfway = time.perf_counter()
-        for _ in range(steps):
-            with autocast(device, precision):
-                loss = F.cross_entropy(trainer.model.classifier(trainer.model.features(x)), labels)
-            loss.backward()
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-        loss.item()  # waits for the device
-        loop, ready = (steps * settings.batch_size / seconds for seconds in (halfway - started, time.perf_counter() - halfway))
-        if repeat > 0:  # the first one is a warm-up
-            yield {"training": loop, "one batch that is ready": ready, "ratio": loop / ready}
-
-
 def test_time(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
     """Seconds of `python test.py` and of importing torch."""
     path = settings.out_path / "best_model.pt"
@@ -169,7 +138,7 @@ def over_seeds(settings: BenchSettings, folder: str, commands: Commands) -> Iter
     """Train with seeds 0 to repeats-1: the best epoch's loss and accuracy or, if the part reads them, test images'."""
     for seed in range(settings.repeats):
         seconds = run(*commands["train.py"], f"seed={seed}")
-        if settings.part in ("accuracy", "fast"):
+        if settings.part in ("accuracy", "ladder"):
             run(*commands["test.py"])
             scores = json.loads(Path(folder, "ours", "scores.json").read_text())
             print(f"seed {seed}: {len(scores['mistakes'])} mistakes, the first {scores['mistakes'][:10]}")
@@ -191,25 +160,22 @@ def compare_with_ordinary(settings: BenchSettings, folder: str, commands: Comman
         yield ours | ordinary | {"ratio": seconds / ours["seconds"]}
 
 
-def fast(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
-    """Seconds to an accuracy: recipe=fast, and ResNet-8 trained as its authors do until it has their accuracy."""
-    copy_images(settings, folder)
-    ordinary, rows = [], []
-    for seconds, _, accuracy in ordinary_epochs(folder, 0, "resnet8"):
-        ordinary.append((seconds / 60, accuracy))
-        if accuracy >= REFERENCES["resnet8"]:
-            break
-    for row in over_seeds(settings, folder, commands):
-        rows.append(row)
-        yield row | {"ratio": seconds / row["seconds"]}
-    recipes = {recipe: minutes_and_accuracy(seeds) for recipe in RECIPES if (seeds := read_seeds(recipe))}
-    recipes["fast"] = (statistics.mean(row["seconds"] for row in rows) / 60, statistics.mean(row["accuracy"] for row in rows))
-    plots.draw_time_to_accuracy(recipes, OURS, ordinary, ROOT / "plots" / "time_to_accuracy.png")
+def ladder(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
+    """Seconds and test accuracy of recipes and, unless one is named, of two models trained with DataLoader."""
+    rungs: dict[str, list[Row]] = {}
+    for recipe, seeds in ({settings.recipe: settings.repeats} if settings.recipe else RUNGS).items():
+        rungs[recipe] = []
+        named = {script: [*words, f"recipe={recipe}"] for script, words in commands.items()}
+        for row in over_seeds(settings.model_copy(update={"repeats": seeds}), folder, named):
+            rungs[recipe].append(row)
+            yield {f"{recipe}, {name}": value for name, value in row.items()}
+    if not settings.recipe:
+        copy_images(settings, folder)
+        ordinary = {name: list(ordinary_epochs(folder, 0, name)) for name in ("resnet8", "deep_cnn")}
+        plots.draw_ladder(rungs, ordinary, ROOT / "plots" / "ladder.png")
 
 
 def main(arguments: list[str]) -> None:
-    if "part=fast" in arguments and not any(word.startswith("recipe=") for word in arguments):
-        arguments = ["recipe=fast", *arguments]
     settings = load_settings(arguments, BenchSettings)
     if settings.part == "photos":
         return photos.measure(settings.recipe or "photo", settings.photos)
@@ -219,12 +185,12 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = f"out_dir={folder}/ours"
         commands = {"train.py": ["train.py", *words, out], "test.py": ["test.py", *tested, out]}
-        part = {"train": compare_with_ordinary, "test": test_time, "feed": feed, "fast": fast}.get(settings.part, over_seeds)
+        part = {"train": compare_with_ordinary, "test": test_time, "ladder": ladder}.get(settings.part, over_seeds)
         for row in part(settings, folder, commands):
             print(", ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
             rows.append(row)
-    for name in rows[0]:
-        values = sorted(row[name] for row in rows)
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = sorted(row[name] for row in rows if name in row)
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         spread = f"median {statistics.median(values):.5g}, {values[0]:.5g} to {values[-1]:.5g}"
         print(f"{name}: mean {statistics.mean(values):.5g} ± {std:.2g}, {spread} (n={len(values)})")

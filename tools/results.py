@@ -19,7 +19,7 @@ from script import run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
-OURS = ("fast", "micro", "resnet8_alone", "tiny_best", "resnet20", "resnet20_wide", "photo", "photo_wide")
+OURS = ("fast", "fast93", "fast94", "micro", "resnet8_alone", "tiny_best", "resnet20", "resnet20_wide", "photo", "photo_wide")
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
 MARKS = ("<!-- python tools/results.py -->\n", "<!-- end of python tools/results.py -->\n")
 
@@ -35,19 +35,14 @@ def read_seeds(recipe: str, root: Path = ROOT) -> list[tuple[dict, dict, list[di
     return [(score, *read_history(path / "history.jsonl")) for path, score in zip(folders, scores)]
 
 
-def minutes_and_accuracy(seeds: list[tuple[dict, dict, list[dict]]]) -> tuple[float, float]:
-    """Minutes that seed 0's training took, mean over seeds of the test accuracy in 0..1, of what `read_seeds` gave."""
-    minutes = sum(line["seconds"] for line in seeds[0][2]) / 60
-    return minutes, statistics.mean(scores["accuracy"] for scores, _, _ in seeds)
-
-
 def row(recipe: str, root: Path = ROOT) -> str | None:
     """A recipe's line of the table, None if it has no scores."""
     seeds = read_seeds(recipe, root)
     if not seeds:
         return None
-    minutes, accuracy = minutes_and_accuracy(seeds)
+    accuracy = statistics.mean(scores["accuracy"] for scores, _, _ in seeds)
     scores, settings, history = seeds[0]
+    minutes = sum(line["seconds"] for line in history) / 60
     spread = f" ± {statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2%}" if len(seeds) > 1 else ""
     runs = history[-1].get("run", 1)
     epochs = len(history) // runs

@@ -6,12 +6,20 @@ from config import UserError
 from tools import bench
 
 
-def test_feed_compares_training_with_a_ready_batch(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "FEED_STEPS", 2)
-    bench.main(["part=feed", "recipe=fast", "repeats=2", "valid_ratio=0.01"])
-    lines = capsys.readouterr().out.splitlines()[2:]  # after a row per repeat
-    assert [line.split(":")[0] for line in lines] == ["training", "one batch that is ready", "ratio"]
-    assert all("median" in line and line.endswith("(n=2)") for line in lines)
+def test_the_ladder_measures_recipes_beside_ordinary_training(monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(bench, "RUNGS", {"fast": 1})
+    monkeypatch.setattr(bench, "ordinary_epochs", lambda folder, seed, name: [(9.0, 0.5, 0.8)])
+    monkeypatch.setattr(bench, "copy_images", lambda settings, folder: None)
+    monkeypatch.setattr(bench.plots, "draw_ladder", lambda rungs, ordinary, path: drawn.append((rungs, ordinary)))
+    bench.main(["part=ladder", "limit=300", "epochs=1"])
+    [(rungs, ordinary)] = drawn
+    [row] = rungs["fast"]
+    assert row["seconds"] > 0 and 0 < row["accuracy"] < 1
+    assert ordinary == {"resnet8": [(9.0, 0.5, 0.8)], "deep_cnn": [(9.0, 0.5, 0.8)]}
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(":")[0] for line in lines] == ["fast, seconds", "fast, test loss", "fast, accuracy"]
+    assert all("median" in line and line.endswith("(n=1)") for line in lines)
 
 
 def test_a_command_that_fails_is_one_clear_error():

@@ -37,6 +37,8 @@ PARAMETERS = {
     "resnet18": 11_175_370,
     "resnet18_56": 11_175_370,
     "fast_cnn": 29_178,
+    "fast_cnn_wide": 95_034,
+    "fast_cnn_deep": 279_738,
 }
 
 
