@@ -280,9 +280,9 @@ def draw_ladder(
             seconds, _, accuracies = zip(*epochs)
             axes.plot(seconds, accuracies, "o-", color=colour, markersize=3, label=f"{name} through DataLoader, by epoch")
         for name, rows in rungs.items():
-            seconds, accuracies = ([row[key] for row in rows] for key in ("seconds", "accuracy"))
-            axes.plot(seconds, accuracies, "o", color=BLUE, markersize=4)
-            place = np.mean(seconds), np.mean(accuracies)
+            points = np.array([(row["seconds"], row["accuracy"]) for row in rows])
+            axes.plot(*points.T, "o", color=BLUE, markersize=4)
+            place = points.mean(0)
             text = f"{name}: {place[1]:.2%} in {place[0]:.3g} s"
             axes.annotate(text, place, (0, 12), textcoords="offset points", color=BLUE, ha="center", fontsize=9)
         axes.set(xscale="log", xlabel="seconds of the whole process, two cores", ylabel="accuracy", title="What accuracy costs")

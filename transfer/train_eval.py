@@ -158,11 +158,13 @@ def accuracies(
 
 
 def summarise(values: list[float], images: int) -> dict:
-    """Mean, spread and extremes of episodes' accuracies; the 95 % interval is the mean's, or Wilson's of one episode."""
+    """Mean, spread, 5th percentile and extremes of episodes' accuracies; the 95 % interval is the mean's, or Wilson's of one
+    episode."""
     mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     half = 1.96 * std / len(values) ** 0.5
     interval = [mean - half, mean + half] if len(values) > 1 else list(wilson_interval(round(mean * images), images))
-    return {"mean": mean, "std": std, "min": min(values), "max": max(values), "ci95": interval}
+    percentile = torch.tensor(values).quantile(0.05).item()
+    return {"mean": mean, "std": std, "p5": percentile, "min": min(values), "max": max(values), "ci95": interval}
 
 
 def replace_last_layer(
@@ -225,11 +227,12 @@ def main(arguments: list[str]) -> None:
     learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")
-    print(f"{'':22}    mean    std     min      max   95 % interval")
+    print(f"{'':22}    mean    std  5th percentile      min      max   95 % interval")
     report = {name: summarise(by_shots[episodes.shots], episodes.tested) for name, by_shots in rows.items()}
     for name, row in report.items():
         low, high = row["ci95"]
-        print(f"{name:22} {row['mean']:7.2%} {row['std']:6.2%} {row['min']:7.2%} {row['max']:8.2%}   {low:.2%} to {high:.2%}")
+        spread = f"{row['std']:6.2%} {row['p5']:15.2%} {row['min']:8.2%} {row['max']:8.2%}"
+        print(f"{name:22} {row['mean']:7.2%} {spread}   {low:.2%} to {high:.2%}")
     if settings.query == "pool":
         return
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -259,6 +260,7 @@ def test_episodes_report_their_mean_and_spread(episodes):
     values = scores["per_episode"]
     assert (scores["accuracy_mean"], scores["accuracy_std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert (scores["accuracy_min"], scores["accuracy_max"]) == (min(values), max(values))
+    assert scores["accuracy_p5"] == pytest.approx(np.percentile(values, 5))
     assert set(scores["other_ways"]) == {train_eval.REFERENCE, train_eval.UNTRAINED, train_eval.PIXELS}
 
 
@@ -273,6 +275,18 @@ def test_inside_its_own_folder_settings_are_chosen_on_the_pool_without_a_file_wr
     ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "accuracy on 113 images" in ended.stdout and not list(tmp_path.iterdir())  # of 117, four are supports
+
+
+def test_nine_unlabelled_flats_to_one_heel_cost_two_points_at_most(train_data):
+    model, boots = load_model(ROOT / "checkpoint.pt"), train_data[0][train_data[1] == 9]
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=100), model.metadata)
+    distances = torch.cdist(boots.flatten(1).float(), episodes.pool.images.flatten(1).float())
+    is_heel = episodes.pool.labels[distances.argmin(1)].bool()  # as the nearest image of the pool
+    unlabelled = {"as they come": boots[:600], "nine to one": torch.cat([boots[~is_heel][:540], boots[is_heel][:60]])}
+    extract = partial(train_eval.extract, model)
+    rows = episodes.run({name: few_shot.FisherLearner(extract, u, few_shot.DATA_SET, 0) for name, u in unlabelled.items()})
+    before, after = (np.mean(rows[name][2]) for name in unlabelled)
+    assert before > 0.97 and after > before - 0.02
 
 
 def test_supports_from_the_pool_are_no_queries(train_data):
