@@ -2,11 +2,9 @@
 
     part=train     `python train.py` against the same model trained with DataLoader: ten epochs, as the reference has it, of
                    which the one with the lowest validation loss is kept
-    part=test      `python test.py` against `python -c "import torch"` (reads the test images)
     part=valid     validation accuracy over seeds 0 to N-1, each with its own split; for choosing settings
-    part=accuracy  test accuracy over seeds 0 to N-1 (reads the test images N times)
-    part=ladder    test accuracy against seconds of the whole process, over seeds, of the recipes in RUNGS or of the one named;
-                   without a recipe also two models trained with DataLoader; draws plots/ladder.png
+    part=accuracy  test accuracy over seeds 0 to N-1, and seconds of training (reads the test images N times)
+    part=ladder    the same of the recipes in RUNGS, beside two models trained with DataLoader; draws plots/ladder.png
     part=photos    accuracy of Task 1 and of the recipe (photo) on the photographs in photos=FOLDER, by class (tools/photos.py)
 
 Prints a row of figures per repeat, then each figure's mean, median and range. Sides that are compared alternate, each in a
@@ -14,7 +12,6 @@ fresh process. Leave the machine alone meanwhile.
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +31,7 @@ import plots
 from checkpoint import best_epoch, read_history
 from config import ROOT, Settings, TrainSettings, UserError, setting
 from data_preprocessing import IDX_FILES, SHOES, find_idx, split_indices
-from model import build_model, load_model
+from model import build_model
 from script import load_settings, run_script
 from tools import photos
 from trainer import loss_and_accuracy
@@ -48,7 +45,7 @@ Row = dict[str, float]  # name of a figure -> its value; accuracies in 0..1
 class BenchSettings(TrainSettings):
     """Benchmark"""
 
-    part: Literal["train", "test", "valid", "accuracy", "ladder", "photos"] = setting("train", "what to measure")
+    part: Literal["train", "valid", "accuracy", "ladder", "photos"] = setting("train", "what to measure")
     photos: str = setting("", "part=photos: folder with CLASS/* photographs")
     repeats: int = setting(3, "runs of each side, or seeds", ge=1, le=100)
 
@@ -65,7 +62,7 @@ def run(*command: str) -> float:
 def ordinary_training(data_root: str, seed: int, architecture: str) -> None:
     """A model trained with DataLoader in float32; prints validation loss and accuracy, in 0..1, after each epoch.
 
-    `architecture`: "cnn" for Task 1, "resnet8" for ten classes.
+    `architecture`: "cnn" for Task 1, "resnet8" or "deep_cnn" for ten classes.
     """
     from torch.utils.data import DataLoader, Subset
     from torchvision.datasets import FashionMNIST
@@ -105,13 +102,10 @@ def ordinary_epochs(folder: str, seed: int, architecture: str) -> Iterator[tuple
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        try:
-            for number, line in enumerate(process.stdout, 1):
-                seconds, (loss, accuracy) = time.perf_counter() - started, map(float, line.split())
-                print(f"ordinary, epoch {number}: {seconds:.1f} s, loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True)
-                yield seconds, loss, accuracy
-        finally:
-            process.kill()  # the reader has seen enough
+        for number, line in enumerate(process.stdout, 1):
+            seconds, (loss, accuracy) = time.perf_counter() - started, map(float, line.split())
+            print(f"ordinary, epoch {number}: {seconds:.1f} s, loss {loss:.5f}, accuracy {accuracy:.3%}", flush=True)
+            yield seconds, loss, accuracy
 
 
 def copy_images(settings: Settings, folder: str) -> None:
@@ -120,18 +114,6 @@ def copy_images(settings: Settings, folder: str) -> None:
     raw.mkdir(parents=True)
     for name in IDX_FILES:
         (raw / name).write_bytes(find_idx(name, settings.data_path))
-
-
-def test_time(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
-    """Seconds of `python test.py` and of importing torch."""
-    path = settings.out_path / "best_model.pt"
-    load_model(path)  # raises UserError if there is none
-    Path(folder, "ours").mkdir()
-    shutil.copy(path, f"{folder}/ours")
-    for repeat in range(settings.repeats + 1):
-        ours, torchs = run(*commands["test.py"]), run("-c", "import torch")
-        if repeat > 0:  # the first one is a warm-up
-            yield {"python test.py": ours, "import torch": torchs, "ratio": ours / torchs}
 
 
 def over_seeds(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
@@ -161,18 +143,16 @@ def compare_with_ordinary(settings: BenchSettings, folder: str, commands: Comman
 
 
 def ladder(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
-    """Seconds and test accuracy of recipes and, unless one is named, of two models trained with DataLoader."""
-    rungs: dict[str, list[Row]] = {}
-    for recipe, seeds in ({settings.recipe: settings.repeats} if settings.recipe else RUNGS).items():
-        rungs[recipe] = []
+    """Seconds and test accuracy of RUNGS; seconds and validation accuracy of two models trained with DataLoader."""
+    rungs: dict[str, list[Row]] = {recipe: [] for recipe in RUNGS}
+    for recipe, seeds in RUNGS.items():
         named = {script: [*words, f"recipe={recipe}"] for script, words in commands.items()}
         for row in over_seeds(settings.model_copy(update={"repeats": seeds}), folder, named):
             rungs[recipe].append(row)
             yield {f"{recipe}, {name}": value for name, value in row.items()}
-    if not settings.recipe:
-        copy_images(settings, folder)
-        ordinary = {name: list(ordinary_epochs(folder, 0, name)) for name in ("resnet8", "deep_cnn")}
-        plots.draw_ladder(rungs, ordinary, ROOT / "plots" / "ladder.png")
+    copy_images(settings, folder)
+    ordinary = {name: list(ordinary_epochs(folder, 0, name)) for name in ("resnet8", "deep_cnn")}
+    plots.draw_ladder(rungs, ordinary, ROOT / "plots" / "ladder.png")
 
 
 def main(arguments: list[str]) -> None:
@@ -185,7 +165,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = f"out_dir={folder}/ours"
         commands = {"train.py": ["train.py", *words, out], "test.py": ["test.py", *tested, out]}
-        part = {"train": compare_with_ordinary, "test": test_time, "ladder": ladder}.get(settings.part, over_seeds)
+        part = {"train": compare_with_ordinary, "ladder": ladder}.get(settings.part, over_seeds)
         for row in part(settings, folder, commands):
             print(", ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
             rows.append(row)
