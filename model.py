@@ -156,23 +156,6 @@ def _resnet(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
     return Classifier(nn.Sequential(*layers), channels, output_dim)
 
 
-def resnet8(output_dim: int) -> Classifier:
-    """System 5's, from scratch."""
-    return _resnet(output_dim, (16,), (32,), (64,))
-
-
-def resnet14(output_dim: int) -> Classifier:
-    """Two blocks per stage, and a narrow last stage, to stay under 100,000 parameters."""
-    return _resnet(output_dim, (16, 16), (32, 32), (40, 40))
-
-
-def resnet14_photo(output_dim: int) -> Classifier:
-    """resnet14 that standardises each image by itself."""
-    model = resnet14(output_dim)
-    model.features[0] = StandardizedConv2d(1, 16, 3, padding=1, bias=False)
-    return model
-
-
 def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], blocks: int) -> Classifier:
     """A 3x3 convolution, then three stages with so many channels, each of so many pre-activation blocks. The side halves from
     one stage to the next: 28, 14, 7."""
@@ -184,23 +167,9 @@ def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], block
     return Classifier(nn.Sequential(*layers), channels[-1], output_dim)
 
 
-def resnet8_thin(output_dim: int) -> Classifier:
-    """At most 20,000 parameters."""
-    return _preactivation_resnet(output_dim, (16, 16, 24), blocks=1)
-
-
-def resnet20(output_dim: int) -> Classifier:
-    return _preactivation_resnet(output_dim, (16, 32, 64), blocks=3)
-
-
-def resnet20_wide(output_dim: int) -> Classifier:
-    return _preactivation_resnet(output_dim, (32, 64, 128), blocks=3)
-
-
-def resnet20_wide_photo(output_dim: int) -> Classifier:
-    """resnet20_wide that standardises each image by itself."""
-    model = resnet20_wide(output_dim)
-    model.features[0] = StandardizedConv2d(1, 32, 3, padding=1, bias=False)
+def _standardized(model: Classifier, channels: int) -> Classifier:
+    """The model with a first layer, of so many channels, that standardises each image by itself."""
+    model.features[0] = StandardizedConv2d(1, channels, 3, padding=1, bias=False)
     return model
 
 
@@ -240,39 +209,19 @@ def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
     return Classifier(nn.Sequential(*layers), channels * 3 * 3, output_dim)
 
 
-def fast_cnn(output_dim: int) -> Classifier:
-    """Learns fast: few MACs."""
-    return _fast_cnn(output_dim, (32,), (64,))
-
-
-def fast_cnn_wide(output_dim: int) -> Classifier:
-    return _fast_cnn(output_dim, (64,), (128,))
-
-
-def fast_cnn_deep(output_dim: int) -> Classifier:
-    return _fast_cnn(output_dim, (64, 64), (128, 128))
-
-
-_FUNCTIONS = (
-    cnn,
-    mlp,
-    deep_cnn,
-    deep_cnn_dropout,
-    compact_cnn,
-    resnet8,
-    resnet14,
-    resnet14_photo,
-    resnet8_thin,
-    resnet20,
-    resnet20_wide,
-    resnet20_wide_photo,
-    resnet18,
-    resnet18_56,
-    fast_cnn,
-    fast_cnn_wide,
-    fast_cnn_deep,
-)
-ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {function.__name__: function for function in _FUNCTIONS}
+ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
+    **{function.__name__: function for function in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet18, resnet18_56)},
+    "resnet8": lambda n: _resnet(n, (16,), (32,), (64,)),
+    "resnet14": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40)),  # 40: at most 100,000 parameters
+    "resnet14_photo": lambda n: _standardized(_resnet(n, (16, 16), (32, 32), (40, 40)), 16),
+    "resnet8_thin": lambda n: _preactivation_resnet(n, (16, 16, 24), blocks=1),  # at most 20,000 parameters
+    "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
+    "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
+    "resnet20_wide_photo": lambda n: _standardized(_preactivation_resnet(n, (32, 64, 128), blocks=3), 32),
+    "fast_cnn": lambda n: _fast_cnn(n, (32,), (64,)),
+    "fast_cnn_wide": lambda n: _fast_cnn(n, (64,), (128,)),
+    "fast_cnn_deep": lambda n: _fast_cnn(n, (64, 64), (128, 128)),
+}
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}

@@ -1,9 +1,7 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format.
 
 A photograph becomes three views: `CUT_OUT`, as the data set's authors made theirs, for plain backgrounds; `GRABCUT`, cut out
-by colour and place, for others; `WHOLE`, the photograph itself in grey. They fail on different photographs, so a model's answer
-is its mean probability over them. A model that was trained without scenes (scenes.py) knows garments on black only: it reads
-the first two.
+by colour and place, for others; `WHOLE`, the photograph itself in grey. What a model makes of them: views.py.
 """
 
 import os
@@ -17,10 +15,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from config import FASHION_MNIST, ROOT, UserError, parse_augment
-from data_preprocessing import SHOES, task_labels, training_settings
-from model import Classifier, load_model
-from trainer import infer
+from config import UserError
 
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPEG can be decoded smaller than it is
 MIN_SIDE = 8  # pixels
@@ -142,45 +137,9 @@ def _square(grey: np.ndarray, background: float) -> np.ndarray:
     return np.asarray(resized).round().clip(0, 255).astype(np.uint8)
 
 
-def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Of a photograph's views, uint8 `(N, V, 28, 28)`, those that the model can read, as it reads them, in the same form."""
-    settings = training_settings(model.metadata)
-    if "scene" in parse_augment(settings.get("augment", "")):
-        return views
-    if settings["data"] != FASHION_MNIST:
-        return views[:, [CUT_OUT]]  # as it was trained
-    return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
-
-
-def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Probabilities `(N, C)`: the mean over views, uint8 `(N, V, 28, 28)`."""
-    probabilities = infer(model, views.flatten(0, 1).unsqueeze(1)).softmax(1)  # (N * V, C)
-    return probabilities.unflatten(0, views.shape[:2]).mean(1)
-
-
-def clothes_or_shoe(probabilities: torch.Tensor) -> torch.Tensor:
-    """Probabilities of ten classes `(..., 10)` -> of clothes and of shoes `(..., 2)`."""
-    shoe = probabilities[..., list(SHOES)].sum(-1)
-    return torch.stack([1 - shoe, shoe], -1)
-
-
 def printable(name: str) -> str:
     """A file's name in characters that can be printed and drawn: not every file system's names are Unicode."""
     return os.fsencode(name).decode(errors="replace")
-
-
-def face_left(views: torch.Tensor) -> torch.Tensor:
-    """Each view, uint8 `(N, 28, 28)`, or its horizontal flip: the one to which Task 1's model gives more probability of a shoe.
-
-    Every shoe in the data set points to the left, and a model that never saw another one classifies most that point to the
-    right as clothes; clothes and bags look much the same both ways.
-    """
-    model = load_model(ROOT / "best_model.pt")
-    both = torch.stack([views, views.flip(-1)])  # (2, N, 28, 28)
-    logits = infer(model, both.flatten(0, 1).unsqueeze(1))  # (2 * N, C)
-    shoes = task_labels(torch.tensor(SHOES), model.metadata["output_dim"]).unique()
-    probability = logits.softmax(1)[:, shoes].sum(1).view(2, -1)  # (2, N)
-    return both[probability.argmax(0), torch.arange(len(views))]
 
 
 def open_image(path: Path) -> Image.Image:

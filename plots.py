@@ -267,11 +267,7 @@ def draw_search(trials: Sequence[tuple[int, float | None, bool]], weights: dict[
         importance.set(title="Importance", xlabel="fraction of the variance of the loss")
 
 
-def draw_ladder(
-    rungs: Mapping[str, Sequence[Mapping[str, float]]],
-    ordinary: Mapping[str, Sequence[tuple[float, float, float]]],
-    path: Path,
-) -> None:
+def draw_ladder(rungs: Mapping[str, Sequence[dict]], ordinary: Mapping[str, Sequence[tuple]], path: Path) -> None:
     """Seconds (log scale) and test accuracy of each recipe's seeds; seconds and validation accuracy, by epoch, of models that
     were trained with DataLoader, from their (seconds, loss, accuracy)."""
     with picture(path, (8, 5)) as figure:
@@ -282,14 +278,12 @@ def draw_ladder(
         for name, rows in rungs.items():
             points = np.array([(row["seconds"], row["accuracy"]) for row in rows])
             axes.plot(*points.T, "o", color=BLUE, markersize=4)
-            place = points.mean(0)
-            text = f"{name}: {place[1]:.2%} in {place[0]:.3g} s"
-            axes.annotate(text, place, (0, 12), textcoords="offset points", color=BLUE, ha="center", fontsize=9)
+            x, y = points.mean(0)
+            axes.annotate(f"{name}: {y:.2%} in {x:.3g} s", (x, y), (0, 12), textcoords="offset points", color=BLUE, ha="center")
         axes.set(xscale="log", xlabel="seconds of the whole process, two cores", ylabel="accuracy", title="What accuracy costs")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_xlim(left=3)
-        axes.margins(y=0.1)
+        axes.margins(0.12)
         axes.grid()
         axes.legend(loc="lower left")
 

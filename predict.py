@@ -25,9 +25,10 @@ from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_setting
 from device import choose_device, keep_freed_memory, move
 from model import Classifier, load_model
 from occlusion import occlusion_maps
-from photo import classify, clothes_or_shoe, printable, read_photographs, select_views
+from photo import printable, read_photographs
 from script import HELP, load_settings, run_script
 from trainer import infer
+from views import classify, clothes_or_shoe, select_views
 
 COLUMNS = ("file", "class", "probability", "runner_up", "warning")  # of predictions.csv
 

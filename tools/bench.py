@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import plots
 from checkpoint import best_epoch, read_history
 from config import ROOT, Settings, TrainSettings, UserError, setting
-from data_preprocessing import IDX_FILES, SHOES, find_idx, split_indices
+from data_preprocessing import SHOES, split_indices
+from idx import IDX_FILES, find_idx
 from model import build_model
 from script import load_settings, run_script
 from tools import photos

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data_preprocessing
 import gan.sample
 import gan.score
 import gan.train
+import idx
 import photo
 import predict
 import test as testing
@@ -60,21 +60,21 @@ def peak_memory() -> float:
 
 
 def data(folder: Path) -> Trials:
-    names = list(data_preprocessing.IDX_FILES)
-    good = {name: bytes(data_preprocessing.find_idx(name, Settings().data_path)) for name in names}
+    names = list(idx.IDX_FILES)
+    good = {name: bytes(idx.find_idx(name, Settings().data_path)) for name in names}
     packed = {name: gzip.compress(contents, 1) for name, contents in good.items()}
     raw, source = folder / "FashionMNIST" / "raw", folder / "good"
     raw.mkdir(parents=True)
     source.mkdir()
     for name, contents in packed.items():
         (source / f"{name}.gz").write_bytes(contents)
-    data_preprocessing.DEBIAN_FOLDER = source  # the next source
+    idx.DEBIAN_FOLDER = source  # the next source
 
     def is_replaced(name: str, contents: bytes, suffix: str = ".gz") -> bool:
         path = raw / f"{name}{suffix}"
         path.write_bytes(contents)
         started = time.perf_counter()
-        is_good = data_preprocessing.find_idx(name, folder) == good[name]
+        is_good = idx.find_idx(name, folder) == good[name]
         path.unlink()
         return is_good and time.perf_counter() - started < 10
 

@@ -16,7 +16,8 @@ import plots
 from config import ROOT, UserError, resolve
 from data_preprocessing import CLASS_NAMES, SHOES
 from model import load_model
-from photo import classify, clothes_or_shoe, read_photographs, select_views
+from photo import read_photographs
+from views import classify, clothes_or_shoe, select_views
 
 ALIASES = {"pants": "trouser", "longsleeve": "pullover", "outwear": "coat", "t-shirt": "t-shirt/top"}
 CLOTHES_ONLY = ("shorts", "skirt")

@@ -9,7 +9,8 @@ import torch
 
 from config import FASHION_MNIST, ROOT, UserError
 from data_preprocessing import load_images, read_class_folders, training_settings
-from photo import WHOLE, face_left, printable, read_photograph, read_view
+from photo import WHOLE, printable, read_photograph, read_view
+from views import face_left
 
 
 class Part(NamedTuple):

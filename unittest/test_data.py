@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import data_preprocessing as data
+import idx
 from config import TrainSettings, UserError
-from data_preprocessing import IDX_FILES
+from idx import IDX_FILES
 
 
 @pytest.mark.parametrize("split, count", [("train", 60_000), ("t10k", 10_000)])
@@ -90,30 +91,30 @@ def test_runs_have_splits_of_their_own(data_path):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_damaged_file_is_named_and_the_next_source_used(damage, suffix, data_path, tmp_path, capsys, monkeypatch):
     name = "t10k-labels-idx1-ubyte"
-    good = data.find_idx(name, data_path)
+    good = idx.find_idx(name, data_path)
     raw, other = tmp_path / "FashionMNIST" / "raw", tmp_path / "other"
     raw.mkdir(parents=True)
     other.mkdir()
     (raw / f"{name}{suffix}").write_bytes(gzip.compress(damage(bytes(good))) if suffix else damage(bytes(good)))
     (other / f"{name}.gz").write_bytes(gzip.compress(good))
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", other)
-    assert data.find_idx(name, tmp_path) == good
+    monkeypatch.setattr(idx, "DEBIAN_FOLDER", other)
+    assert idx.find_idx(name, tmp_path) == good
     assert str(raw / f"{name}{suffix}") in capsys.readouterr().err
 
 
 def test_a_truncated_gzip_stream_is_refused(data_path, tmp_path):
     name = "t10k-labels-idx1-ubyte"
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data.find_idx(name, data_path))[:-500])
-    assert data._read_verified(name, tmp_path, []) is None
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx.find_idx(name, data_path))[:-500])
+    assert idx._read_verified(name, tmp_path, []) is None
 
 
 def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
     def no_route(folder):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path)
-    monkeypatch.setattr(data, "_fetch_with_torchvision", no_route)
-    monkeypatch.setattr(data, "_fetch_with_apt", no_route)
+    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path)
+    monkeypatch.setattr(idx, "fetch_with_torchvision", no_route)
+    monkeypatch.setattr(idx, "_fetch_with_apt", no_route)
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
@@ -125,20 +126,20 @@ def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
 def test_fetched_files_are_verified_and_kept_unpacked(data_path, tmp_path, monkeypatch):
     def fetch(folder):
         for name in IDX_FILES:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data.find_idx(name, data_path), 1))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx.find_idx(name, data_path), 1))
         return folder
 
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path)
-    real_find = data.find_idx("t10k-images-idx3-ubyte", data_path)
+    monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path)
+    real_find = idx.find_idx("t10k-images-idx3-ubyte", data_path)
     raw = tmp_path / "new" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "t10k-images-idx3-ubyte").write_bytes(b"damaged")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_fetch_with_torchvision", lambda folder: (_ for _ in ()).throw(OSError("no network")))
-        patch.setattr(data, "_fetch_with_apt", fetch)
-        assert data.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == real_find
+        patch.setattr(idx, "fetch_with_torchvision", lambda folder: (_ for _ in ()).throw(OSError("no network")))
+        patch.setattr(idx, "_fetch_with_apt", fetch)
+        assert idx.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == real_find
     assert {path.name for path in raw.iterdir()} == {*IDX_FILES, "t10k-images-idx3-ubyte.damaged"}
-    assert (raw / "train-labels-idx1-ubyte").read_bytes() == data.find_idx("train-labels-idx1-ubyte", data_path)
+    assert (raw / "train-labels-idx1-ubyte").read_bytes() == idx.find_idx("train-labels-idx1-ubyte", data_path)
 
 
 HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
@@ -157,8 +158,8 @@ HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
 )
 def test_a_wrong_idx_header_is_refused(contents, message):
     with pytest.raises(UserError, match=message):
-        data.read_idx(bytearray(contents), (5,), "labels")
+        idx.read_idx(bytearray(contents), (5,), "labels")
 
 
 def test_an_idx_file_is_read_in_order():
-    assert data.read_idx(bytearray(HEADER + b"\1\2\3\4\5"), (5,), "labels").tolist() == [1, 2, 3, 4, 5]
+    assert idx.read_idx(bytearray(HEADER + b"\1\2\3\4\5"), (5,), "labels").tolist() == [1, 2, 3, 4, 5]

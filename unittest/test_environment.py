@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import checkpoint
-import data_preprocessing
 import distributed
+import idx
 import interrupts
 import plots
 import predict
@@ -141,8 +141,8 @@ def test_other_processes_print_names_that_are_not_unicode(monkeypatch):
 def test_processes_that_fetch_the_data_at_once_write_files_of_their_own(data_path, tmp_path, monkeypatch):
     parts = []
     replace = os.replace
-    monkeypatch.setattr(data_preprocessing.os, "replace", lambda part, path: parts.append(part.name) or replace(part, path))
-    data_preprocessing._keep(data_path / "FashionMNIST" / "raw", tmp_path)
+    monkeypatch.setattr(idx.os, "replace", lambda part, path: parts.append(part.name) or replace(part, path))
+    idx._keep(data_path / "FashionMNIST" / "raw", tmp_path)
     assert len(parts) == 4 and all(str(os.getpid()) in name for name in parts)
 
 

@@ -25,6 +25,7 @@ from model import load_model
 from script import load_settings
 from tools import soft_targets
 from transfer import train_eval
+from views import select_views
 
 
 def write_digits(folder, count, classes=10):
@@ -170,7 +171,7 @@ def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys)
     predict.main([f"out_dir={out}", str(path)])
     assert "0003.png: predicted" in capsys.readouterr().out
     views = photo.read_photograph(path, "resize").views.unsqueeze(0)
-    selected = photo.select_views(load_model(out / "best_model.pt"), views)
+    selected = select_views(load_model(out / "best_model.pt"), views)
     assert selected.shape == (1, 1, 28, 28) and selected[0, 0].equal(photo.read_view(path, "resize"))
 
 
@@ -258,7 +259,7 @@ def test_mnists_files_are_read(mnist, tmp_path):
 def test_a_bad_file_of_mnists_that_cannot_be_downloaded_is_named_in_one_line(how, message, mnist, tmp_path, monkeypatch):
     path = mnist / "t10k-labels-idx1-ubyte.gz"
     path.unlink() if how == "missing" else path.write_bytes(path.read_bytes()[:-1])
-    monkeypatch.setattr(data, "_fetch_with_torchvision", no_route)
+    monkeypatch.setattr(data, "fetch_with_torchvision", no_route)
     with pytest.raises(UserError) as refused:
         load_data("test", tmp_path, {"data": "mnist"})
     assert str(refused.value).startswith(f"{path}: {message}") and "(no network)" in str(refused.value)
@@ -268,7 +269,7 @@ def test_a_bad_file_of_mnists_that_cannot_be_downloaded_is_named_in_one_line(how
 def test_a_damaged_file_of_mnists_is_downloaded_again(mnist, tmp_path, monkeypatch):
     whole = shutil.copytree(mnist, tmp_path / "server")
     (mnist / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
-    monkeypatch.setattr(data, "_fetch_with_torchvision", lambda folder, _: shutil.copytree(whole, folder / "raw"))
+    monkeypatch.setattr(data, "fetch_with_torchvision", lambda folder, _: shutil.copytree(whole, folder / "raw"))
     load_data("train", tmp_path, {"data": "mnist"})
     assert all((mnist / path.name).read_bytes() == path.read_bytes() for path in whole.iterdir())
 

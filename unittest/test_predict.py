@@ -15,8 +15,9 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import GRABCUT, WHOLE, classify, clothes_or_shoe, face_left, open_image, prepare, select_views, to_fashion_mnist
+from photo import GRABCUT, WHOLE, open_image, prepare, to_fashion_mnist
 from trainer import infer
+from views import classify, clothes_or_shoe, face_left, select_views
 
 
 @pytest.fixture(scope="module")
