@@ -73,49 +73,55 @@ def save_examples(images: torch.Tensor, folder: Path, name: str) -> list[str]:
     return paths
 
 
-def serve(settings: DemoSettings, folder: Path) -> str:
-    """Build the page, with its example images in `folder`, and serve it from a thread; its address."""
-    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-    gr = import_extra("gradio")  # reads these variables
-    model, _ = load_for_photographs(settings)
-    teach_settings = TransferSettings(data_dir=settings.data_dir, seed=settings.seed)
-    frozen = freeze(load_model(resolve(teach_settings.checkpoint)))
-    garments = save_examples(load_images("train", settings.data_path)[0][EXAMPLES], folder, "garment")
-    shoes = load_shoes(("train", "pool"), settings.data_path)
-    supports = save_examples(shoes["train"].images, folder, "support")
-    queries = save_examples(shoes["pool"].images[[0, 1, -2, -1]], folder, "shoe")
+class Page:
+    """The page: a tab that classifies, and one that learns classes. Its example images and uploads are in `folder`."""
 
-    def note(text: str):
-        text = re.sub(rf"{re.escape(str(folder))}\S*[/\\]", "", text)  # files are named as the user named them
-        return gr.HTML(f'<p class="note" role="status">{html.escape(text)}</p>', visible=bool(text))
+    def __init__(self, settings: DemoSettings, folder: Path):
+        os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+        self.gr = import_extra("gradio")  # reads these variables
+        self.folder = folder
+        self.model, _ = load_for_photographs(settings)
+        self.teach_settings = TransferSettings(data_dir=settings.data_dir, seed=settings.seed)
+        self.frozen = freeze(load_model(resolve(self.teach_settings.checkpoint)))
+        self.garments = save_examples(load_images("train", settings.data_path)[0][EXAMPLES], folder, "garment")
+        shoes = load_shoes(("train", "pool"), settings.data_path)
+        self.supports = save_examples(shoes["train"].images, folder, "support")
+        self.queries = save_examples(shoes["pool"].images[[0, 1, -2, -1]], folder, "shoe")
 
-    def show(model: Classifier, path: str | None) -> list:
+    def note(self, text: str):
+        text = re.sub(rf"{re.escape(str(self.folder))}\S*[/\\]", "", text)  # files are named as the user named them
+        return self.gr.HTML(f'<p class="note" role="status">{html.escape(text)}</p>', visible=bool(text))
+
+    def show(self, model: Classifier, path: str | None) -> list:
         """The values of the four outputs of `add_trial`."""
-        nothing = [gr.Label(None, visible=False), None, None]
+        nothing = [self.gr.Label(None, visible=False), None, None]
         if not path:
-            return [note(""), *nothing]
+            return [self.note(""), *nothing]
         try:
             photograph = read_photograph(Path(path), training_settings(model.metadata)["prepare"])
         except UserError as error:
-            return [note(str(error)), *nothing]
+            return [self.note(str(error)), *nothing]
         names, views = model.metadata["class_names"], select_views(model, photograph.views.unsqueeze(0))  # (1, V, 28, 28)
         probability = classify(model, views)[0]
         shoe = dict(zip(CLOTHES_OR_SHOE, clothes_or_shoe(probability).tolist())) if tuple(names) == CLASS_NAMES else None
         warning = f"This may be wrong: {photograph.warning}." if photograph.warning else ""
         picture = draw_views(model, views[0], int(probability.argmax()))
-        return [note(warning), gr.Label(shoe, visible=bool(shoe)), dict(zip(names, probability.tolist())), picture]
+        classes = dict(zip(names, probability.tolist()))
+        return [self.note(warning), self.gr.Label(shoe, visible=bool(shoe)), classes, picture]
 
-    def on_learn(*values):
+    def on_learn(self, *values) -> tuple:
+        """The learned model, what is said of it, whether it can be tried, and an empty photograph."""
         files = [[path for path, _ in gallery or ()] for gallery in values[MAX_CLASSES:]]
         try:
-            learned = learn(frozen, teach_settings, [name or "" for name in values[:MAX_CLASSES]], files)
+            learned = learn(self.frozen, self.teach_settings, [name or "" for name in values[:MAX_CLASSES]], files)
         except UserError as error:
-            return None, note(str(error)), gr.Column(visible=False), None
+            return None, self.note(str(error)), self.gr.Column(visible=False), None
         text = f"Learned: {' or '.join(learned.metadata['class_names'])}. Now try a new photograph."
-        return learned, note(text), gr.Column(visible=True), None
+        return learned, self.note(text), self.gr.Column(visible=True), None
 
-    def add_trial(title: str, examples: list[str]):
+    def add_trial(self, title: str, examples: list[str]) -> tuple:
         """A photograph, and the outputs for what `show` says of it."""
+        gr = self.gr
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label=title, type="filepath", sources=["upload", "webcam", "clipboard"], height=320)
@@ -128,48 +134,54 @@ def serve(settings: DemoSettings, folder: Path) -> str:
                 gr.Markdown(f"Above: what the network sees. Below: what mattered; {plots.LEGEND}.")
         return image, outputs
 
-    def add_class(number: int):
-        with gr.Column(min_width=280):
-            name = gr.Textbox(label=f"Name of class {number}", max_length=40)
+    def add_class(self, number: int) -> tuple:
+        """A class's name and its photographs."""
+        with self.gr.Column(min_width=280):
+            name = self.gr.Textbox(label=f"Name of class {number}", max_length=40)
             options = {"columns": 4, "fit_columns": False, "height": 170, "show_label": False, "buttons": []}
-            return name, gr.Gallery(label=f"Photographs of class {number}", interactive=True, **options)
+            return name, self.gr.Gallery(label=f"Photographs of class {number}", interactive=True, **options)
 
-    with gr.Blocks(title="Fashion-MNIST", analytics_enabled=False) as page:
-        gr.Markdown("# Fashion-MNIST\nThis page runs on your machine; no picture leaves it.")
-        with gr.Tab("Classify"):
-            photograph, outputs = add_trial("A garment or a shoe", garments)
-            photograph.change(partial(show, model), photograph, outputs)
-        with gr.Tab("Teach"):
-            gr.Markdown(
-                "Give each class a name and two or more photographs, of each as many. The network's last layer learns them."
-            )
-            with gr.Row():
-                classes = [add_class(number) for number in (1, 2)]
-            with gr.Accordion("More classes", open=False), gr.Row():
-                classes += [add_class(number) for number in range(3, MAX_CLASSES + 1)]
-            names, galleries = zip(*classes)
-            with gr.Row():
-                example, button = gr.Button("Fill in an example"), gr.Button("Learn", variant="primary")
-            told, learned = gr.HTML(visible=False), gr.State()
-            with gr.Column(visible=False) as trial:
-                query, outputs = add_trial("A new photograph", queries)
-            query.change(show, [learned, query], outputs)
-            example.click(lambda: ["flats", supports[:2], "heels", supports[2:]], None, [*classes[0], *classes[1]])
-            button.click(on_learn, [*names, *galleries], [learned, told, trial, query])
+    def build(self):
+        gr = self.gr
+        with gr.Blocks(title="Fashion-MNIST", analytics_enabled=False) as page:
+            gr.Markdown("# Fashion-MNIST\nThis page runs on your machine; no picture leaves it.")
+            with gr.Tab("Classify"):
+                photograph, outputs = self.add_trial("A garment or a shoe", self.garments)
+                photograph.change(partial(self.show, self.model), photograph, outputs)
+            with gr.Tab("Teach"):
+                text = "Give each class a name and two or more photographs, of each as many. "
+                gr.Markdown(text + "The network's last layer learns them.")
+                with gr.Row():
+                    classes = [self.add_class(number) for number in (1, 2)]
+                with gr.Accordion("More classes", open=False), gr.Row():
+                    classes += [self.add_class(number) for number in range(3, MAX_CLASSES + 1)]
+                names, galleries = zip(*classes)
+                with gr.Row():
+                    example, button = gr.Button("Fill in an example"), gr.Button("Learn", variant="primary")
+                told, learned = gr.HTML(visible=False), gr.State()
+                with gr.Column(visible=False) as trial:
+                    query, outputs = self.add_trial("A new photograph", self.queries)
+                query.change(self.show, [learned, query], outputs)
+                filled = ["flats", self.supports[:2], "heels", self.supports[2:]]
+                example.click(lambda: filled, None, [*classes[0], *classes[1]])
+                button.click(self.on_learn, [*names, *galleries], [learned, told, trial, query])
+        return page
 
-    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-    private = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False, "run_history": False, "footer_links": []}
-    page_options = {"theme": theme, "css": CSS, "quiet": True, "prevent_thread_lock": True}
-    try:
-        return page.launch(server_port=settings.port or None, **page_options, **private)[1]
-    except OSError:
-        raise UserError(f"port={settings.port}: is in use; leave it out, and a free one is found") from None
+    def serve(self, port: int) -> str:
+        """Serve the page from a thread; its address. Raises UserError if the port is in use."""
+        theme = self.gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+        private = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False, "run_history": False, "footer_links": []}
+        options = {"theme": theme, "css": CSS, "quiet": True, "prevent_thread_lock": True}
+        try:
+            return self.build().launch(server_port=port or None, **options, **private)[1]
+        except OSError:
+            raise UserError(f"port={port}: is in use; leave it out, and a free one is found") from None
 
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, DemoSettings)
     with tempfile.TemporaryDirectory(prefix="demo-") as folder, interrupts.deferred():
-        print(f"open {serve(settings, Path(folder).resolve())} in a browser; Ctrl-C ends", flush=True)
+        print(f"open {Page(settings, Path(folder).resolve()).serve(settings.port)} in a browser; Ctrl-C ends", flush=True)
         while True:
             time.sleep(0.2)
             interrupts.check()

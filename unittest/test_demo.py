@@ -116,4 +116,4 @@ def test_without_gradio_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(UserError, match="no package gradio; pip install -r requirements-extra"):
-        demo.serve(demo.DemoSettings(), tmp_path)
+        demo.Page(demo.DemoSettings(), tmp_path)
