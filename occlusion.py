@@ -6,6 +6,7 @@ Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2.
 import torch
 import torch.nn.functional as F
 
+from device import choose_precision
 from model import Classifier
 from trainer import infer
 
@@ -25,6 +26,7 @@ def occlusion_maps(model: Classifier, views: torch.Tensor, label: int) -> torch.
     is_covered = is_near[:, None, :, None] & is_near[None, :, None, :]  # (7, 7, 28, 28)
     covered = torch.where(is_covered, background, views[:, None, None])  # (V, 7, 7, 28, 28)
     images = torch.cat([views, covered.flatten(0, 2)]).unsqueeze(1)
-    probability = infer(model, images).softmax(1)[:, label]  # (V + 49 V,)
+    precision = choose_precision("auto", next(model.parameters()).device)  # for a picture, bfloat16 does
+    probability = infer(model, images, precision).softmax(1)[:, label]  # (V + 49 V,)
     fall = probability[: len(views)].view(-1, 1, 1) - probability[len(views) :].view(-1, 7, 7)
     return F.interpolate(fall.unsqueeze(1), size=(28, 28), mode="bilinear", align_corners=True)[:, 0]

@@ -1,7 +1,8 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format.
 
-A photograph becomes three views: `CUT_OUT`, as the data set's authors made theirs, for plain backgrounds; `GRABCUT`, cut out
-by colour and place, for others; `WHOLE`, the photograph itself in grey. What a model makes of them: views.py.
+A photograph becomes four views: `CUT_OUT`, as the data set's authors made theirs, for plain backgrounds; `GRABCUT`, cut out
+by colour and place, for others; `WHOLE`, the photograph itself in grey; `CENTRE`, its middle square. What a model makes of
+them: views.py.
 """
 
 import os
@@ -23,12 +24,12 @@ MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
 GRABCUT_SIDE = 128  # pixels: the longest side of what GrabCut sees, whose time grows with the area
 CALM = 22  # grey levels from the border's median, within which at least 98 % of a plain background's border lie
-CUT_OUT, GRABCUT, WHOLE = range(3)
+CUT_OUT, GRABCUT, WHOLE, CENTRE = range(4)
 
 
 class Photograph(NamedTuple):
     picture: np.ndarray  # RGB (H, W, 3), small, to be drawn
-    views: torch.Tensor  # uint8 (V, 28, 28): three, or the one that `prepare=resize` makes
+    views: torch.Tensor  # uint8 (V, 28, 28): four, or the one that `prepare=resize` makes
     warning: str  # why the answer may be wrong; empty if nothing speaks against it
 
 
@@ -72,7 +73,7 @@ def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
     """The views, uint8 `(28, 28)` each, of an RGB image, and a warning."""
     cut_out = to_fashion_mnist(image)
     if image.size == (28, 28) and cut_out is not None and (cut_out == np.asarray(image.convert("L"))).all():
-        return [cut_out] * 3, ""
+        return [cut_out] * 4, ""
     image = image.copy()
     image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
     grey = np.asarray(image.convert("L")).astype(np.float32)
@@ -86,7 +87,10 @@ def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
         found.append("the background is busy")
     if objects > 1:
         found.append("there are two objects")
-    return [cut_out, grabcut, _square(grey, background)], "; ".join(found)
+    side = min(grey.shape)
+    top, left = (grey.shape[0] - side) // 2, (grey.shape[1] - side) // 2
+    centre = grey[top : top + side, left : left + side]
+    return [cut_out, grabcut, _square(grey, background), _square(centre, background)], "; ".join(found)
 
 
 def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:

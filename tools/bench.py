@@ -37,7 +37,7 @@ from script import load_settings, run_script
 from tools import photos
 from trainer import loss_and_accuracy
 
-ORDINARY = {"cnn": (54, 0.001, 10), "resnet8": (64, 0.0001, 12), "deep_cnn": (32, 0.001, 12)}  # batch size, lr, epochs
+ORDINARY = {"cnn": (54, 0.001, 10), "resnet8": (64, 0.0001, 12), "deep_cnn": (32, 0.001, 8)}  # batch size, lr, epochs
 RUNGS = {"fast": 10, "fast93": 5, "fast94": 5}  # recipes of the ladder -> seeds
 Commands = dict[str, list[str]]  # of "train.py" and "test.py", which write to a folder of ours
 Row = dict[str, float]  # name of a figure -> its value; accuracies in 0..1
