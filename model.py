@@ -143,10 +143,10 @@ def compact_cnn(output_dim: int) -> Classifier:
     return Classifier(features, 128, output_dim)
 
 
-def _resnet(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
+def _resnet(output_dim: int, *stages: tuple[int, ...], first: type[nn.Conv2d] = nn.Conv2d) -> Classifier:
     """A 3x3 convolution to 16 channels, then stages of residual blocks; a stage lists the channels of its blocks. The side
     halves from one stage to the next: 28, 14, 7."""
-    layers = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    layers = [first(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
     channels = 16
     for stage, blocks in enumerate(stages):
         for block, output_channels in enumerate(blocks):
@@ -165,12 +165,6 @@ def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], block
     layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 7, 7) -> (N, channels)
     return Classifier(nn.Sequential(*layers), channels[-1], output_dim)
-
-
-def _standardized(model: Classifier, channels: int) -> Classifier:
-    """The model with a first layer, of so many channels, that standardises each image by itself."""
-    model.features[0] = StandardizedConv2d(1, channels, 3, padding=1, bias=False)
-    return model
 
 
 def resnet18(output_dim: int) -> Classifier:
@@ -213,11 +207,10 @@ ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     **{function.__name__: function for function in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet18, resnet18_56)},
     "resnet8": lambda n: _resnet(n, (16,), (32,), (64,)),
     "resnet14": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40)),  # 40: at most 100,000 parameters
-    "resnet14_photo": lambda n: _standardized(_resnet(n, (16, 16), (32, 32), (40, 40)), 16),
+    "resnet14_photo": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40), first=StandardizedConv2d),
     "resnet8_thin": lambda n: _preactivation_resnet(n, (16, 16, 24), blocks=1),  # at most 20,000 parameters
     "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
     "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
-    "resnet20_wide_photo": lambda n: _standardized(_preactivation_resnet(n, (32, 64, 128), blocks=3), 32),
     "fast_cnn": lambda n: _fast_cnn(n, (32,), (64,)),
     "fast_cnn_wide": lambda n: _fast_cnn(n, (64,), (128,)),
     "fast_cnn_deep": lambda n: _fast_cnn(n, (64, 64), (128, 128)),

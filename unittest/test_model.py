@@ -33,7 +33,6 @@ PARAMETERS = {
     "resnet8_thin": 19_146,
     "resnet20": 271_994,
     "resnet20_wide": 1_083_626,
-    "resnet20_wide_photo": 1_083_626,
     "resnet18": 11_175_370,
     "resnet18_56": 11_175_370,
     "fast_cnn": 29_178,
