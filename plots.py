@@ -285,7 +285,7 @@ def draw_ladder(rungs: Mapping[str, Sequence[dict]], ordinary: Mapping[str, Sequ
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.margins(0.12)
         axes.grid()
-        axes.legend(loc="lower left")
+        axes.legend(loc="lower right")
 
 
 def overlay_map(view: np.ndarray, fall: np.ndarray) -> np.ndarray:
