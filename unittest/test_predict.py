@@ -15,7 +15,7 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import GRABCUT, WHOLE, open_image, prepare, to_fashion_mnist
+from photo import CENTRE, GRABCUT, WHOLE, open_image, prepare, to_fashion_mnist
 from trainer import infer
 from views import classify, clothes_or_shoe, face_left, select_views
 
@@ -167,15 +167,21 @@ def test_grabcut_finds_the_object_on_a_busy_ground():
 
 @pytest.mark.parametrize("size", [(3000, 8), (8, 3000), (8, 8), (29, 28)])
 @pytest.mark.parametrize("colour", ["white", "#336699"])
-def test_a_thin_or_tiny_picture_has_three_views(size, colour):
+def test_a_thin_or_tiny_picture_has_four_views(size, colour):
     image = Image.new("RGB", size, colour)
     image.putpixel((4, 4), (0, 0, 0))
-    assert [view.shape for view in prepare(image)[0]] == [(28, 28)] * 3
+    assert [view.shape for view in prepare(image)[0]] == [(28, 28)] * 4
 
 
 def test_the_whole_photograph_is_seen_in_its_own_grey_values():
     view = prepare(photograph("#b0b0b0", "#303030"))[0][WHOLE]
     assert view[0, 0] == 0xB0 and view.min() == 0x30  # a wide one is extended by its border's grey
+
+
+def test_the_last_view_is_the_middle_square():
+    image = photograph(size=(420, 280))
+    view = prepare(image)[0][CENTRE]
+    assert np.abs(view.astype(int) - np.asarray(image.crop((70, 0, 350, 280)).convert("L").resize((28, 28), 4))).max() <= 2
 
 
 def two_objects():
