@@ -88,8 +88,8 @@ def setting(default, description: str, **limits):
 
 Architecture = Literal[
     "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet14_photo", "resnet8_thin",
-    "resnet20", "resnet20_wide", "resnet18", "resnet18_56", "fast_cnn",
-    "fast_cnn_wide", "fast_cnn_deep",
+    "resnet20", "resnet20_wide", "resnet18", "resnet18_56", "fast_cnn", "fast_cnn_wide",
+    "fast_cnn_deep",
 ]  # fmt: skip
 _STRENGTHS = "; ".join(f"{name}: {unit}, 0 to {top}, default {value}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare
