@@ -1,10 +1,11 @@
 """Photographs of any size, colour mode and background, brought to Fashion-MNIST's format.
 
-A photograph becomes four views: `CUT_OUT`, as the data set's authors made theirs, for plain backgrounds; `GRABCUT`, cut out
-by colour and place, for others; `WHOLE`, the photograph itself in grey; `CENTRE`, its middle square. What a model makes of
-them: views.py.
+A photograph becomes five views: `CUT_OUT`, cut out as the data set's authors did it; `WHOLE`, all of it in grey; `DISTANCE`,
+how far each pixel's colour is from the background's; `CUT_BY_COLOUR`, the same, zero where it is near; `CHROMA`, the middle
+square's distance without lightness, which a shadow changes. What a model makes of them: views.py.
 """
 
+import functools
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from config import UserError
@@ -22,14 +23,14 @@ MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded; a JPE
 MIN_SIDE = 8  # pixels
 MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
-GRABCUT_SIDE = 128  # pixels: the longest side of what GrabCut sees, whose time grows with the area
+COLOUR_SIDE = 224  # pixels: the same, before its colours are
 CALM = 22  # grey levels from the border's median, within which at least 98 % of a plain background's border lie
-CUT_OUT, GRABCUT, WHOLE, CENTRE = range(4)
+CUT_OUT, CUT_BY_COLOUR, WHOLE, DISTANCE, CHROMA = range(5)
 
 
 class Photograph(NamedTuple):
     picture: np.ndarray  # RGB (H, W, 3), small, to be drawn
-    views: torch.Tensor  # uint8 (V, 28, 28): four, or the one that `prepare=resize` makes
+    views: torch.Tensor  # uint8 (V, 28, 28): five, or the one that `prepare=resize` makes
     warning: str  # why the answer may be wrong; empty if nothing speaks against it
 
 
@@ -73,70 +74,59 @@ def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
     """The views, uint8 `(28, 28)` each, of an RGB image, and a warning."""
     cut_out = to_fashion_mnist(image)
     if image.size == (28, 28) and cut_out is not None and (cut_out == np.asarray(image.convert("L"))).all():
-        return [cut_out] * 4, ""
+        return [cut_out] * 5, ""
     image = image.copy()
-    image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
-    grey = np.asarray(image.convert("L")).astype(np.float32)
-    grabcut, objects = cut_with_grabcut(np.asarray(image))
-    background = np.median(_border(grey))
+    image.thumbnail((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
+    grey, colours = np.asarray(image.convert("L")).astype(np.float32), to_lab(image)
+    difference = colours - np.median(_border(colours), axis=0)  # (H, W, 3)
+    distance, chroma = np.linalg.norm(difference, axis=2), np.linalg.norm(difference[..., 1:], axis=2)
+    cut_by_colour, objects = cut_out_distance(distance)
     found = []
     if cut_out is None:
-        cut_out = grabcut
+        cut_out = cut_by_colour
         found.append("nothing stands out from the background")
-    elif (np.abs(_border(grey) - background) > CALM).mean() > 0.02:
+    elif (np.abs(_border(grey) - np.median(_border(grey))) > CALM).mean() > 0.02:
         found.append("the background is busy")
     if objects > 1:
         found.append("there are two objects")
     side = min(grey.shape)
     top, left = (grey.shape[0] - side) // 2, (grey.shape[1] - side) // 2
-    centre = grey[top : top + side, left : left + side]
-    return [cut_out, grabcut, _square(grey, background), _square(centre, background)], "; ".join(found)
+    views = [_square(grey), _square(distance), _square(1.5 * chroma[top : top + side, left : left + side])]
+    return [cut_out, cut_by_colour, *views], "; ".join(found)
 
 
-def cut_with_grabcut(pixels: np.ndarray) -> tuple[np.ndarray, int]:
-    """The negative of what stands out in RGB `pixels` `(H, W, 3)`, on black, uint8 `(28, 28)`; the number of large parts.
+def to_lab(image: Image.Image) -> np.ndarray:
+    """An RGB image in CIELAB, where equal distances look equally large: float32 `(H, W, 3)`. Lightness is in 0..255, and the
+    other coordinates, red against green and yellow against blue, are on the same scale."""
+    lab = np.asarray(ImageCms.applyTransform(image, _lab_transform()))  # uint8; the last two are signed, of lightness in 0..100
+    return np.dstack([lab[..., :1], lab[..., 1:].view(np.int8) * np.float32(2.55)])
 
-    GrabCut (Rother, Kolmogorov & Blake 2004) begins with what differs in colour from the border.
-    """
-    import cv2  # here: only photographs need it
 
-    scale = GRABCUT_SIDE / max(pixels.shape[:2])
-    width, height = (max(MIN_SIDE, round(side * scale)) for side in pixels.shape[1::-1])
-    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    colours = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
-    edge = _border(colours)
-    distance = np.linalg.norm(colours - np.median(edge, axis=0), axis=2)
-    noise = np.median(np.linalg.norm(edge - np.median(edge, axis=0), axis=1))
-    mask = np.where(distance > max(12, 2.5 * noise), cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    margin = 3
-    framed = np.full_like(mask, cv2.GC_BGD)
-    framed[margin:-margin, margin:-margin] = mask[margin:-margin, margin:-margin]
-    if (framed == cv2.GC_PR_FGD).sum() < 20:
-        framed[height // 4 : -height // 4, width // 4 : -width // 4] = cv2.GC_PR_FGD
-    cv2.setRNGSeed(0)  # the view of a photograph should not depend on those before it
-    try:
-        cv2.grabCut(small, framed, (0, 0, 1, 1), np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-    except cv2.error:  # too few pixels or colours for its mixtures
-        pass
-    is_object = np.isin(framed, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    _, parts, statistics, _ = cv2.connectedComponentsWithStats(is_object.astype(np.uint8))
-    areas = statistics[1:, cv2.CC_STAT_AREA]
-    if areas.sum() < 30:
-        is_object, areas = np.ones_like(is_object), np.ones(1)
-    else:
-        is_object = np.isin(parts, 1 + np.flatnonzero(areas >= 0.1 * areas.max()))
+@functools.cache
+def _lab_transform() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+
+
+def cut_out_distance(distance: np.ndarray) -> tuple[np.ndarray, int]:
+    """Distances `(H, W)` of what stands out from the border, on black, uint8 `(28, 28)`; the number of large parts."""
+    from scipy import ndimage  # here: only photographs need it
+
+    parts, count = ndimage.label(distance > max(20, 2.5 * np.median(_border(distance))))
+    if not count:
+        return _square(distance, 0), 0
+    areas = np.bincount(parts.flat)[1:]
+    is_object = np.isin(parts, 1 + np.flatnonzero(areas >= 0.1 * areas.max()))
     rows, columns = np.flatnonzero(is_object.any(1)), np.flatnonzero(is_object.any(0))
-    negative = (255.0 - cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)) * is_object
-    view = _square(negative[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 0)
-    return view, int((areas >= 0.3 * areas.max()).sum())
+    cut = (distance * is_object)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return _square(cut, 0), int((areas >= 0.3 * areas.max()).sum())
 
 
-def _square(grey: np.ndarray, background: float) -> np.ndarray:
-    """Grey values `(H, W)`, extended to a square by `background`, as uint8 `(28, 28)`."""
-    side = max(grey.shape)
-    square = np.full((side, side), background, np.float32)
-    top, left = (side - grey.shape[0]) // 2, (side - grey.shape[1]) // 2
-    square[top : top + grey.shape[0], left : left + grey.shape[1]] = grey
+def _square(values: np.ndarray, background: float | None = None) -> np.ndarray:
+    """Values `(H, W)`, extended to a square by `background`, their border's median by default, as uint8 `(28, 28)`."""
+    side = max(values.shape)
+    square = np.full((side, side), np.median(_border(values)) if background is None else background, np.float32)
+    top, left = (side - values.shape[0]) // 2, (side - values.shape[1]) // 2
+    square[top : top + values.shape[0], left : left + values.shape[1]] = values
     resized = Image.fromarray(square).resize((28, 28), Image.Resampling.BOX)
     return np.asarray(resized).round().clip(0, 255).astype(np.uint8)
 

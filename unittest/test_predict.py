@@ -15,7 +15,7 @@ import predict
 import test as test_script
 from config import UserError
 from model import load_model
-from photo import CENTRE, GRABCUT, WHOLE, open_image, prepare, to_fashion_mnist
+from photo import CHROMA, CUT_BY_COLOUR, DISTANCE, WHOLE, open_image, prepare, to_fashion_mnist, to_lab
 from trainer import infer
 from views import classify, clothes_or_shoe, face_left, select_views
 
@@ -158,19 +158,29 @@ def busy(seed=0):
     return Image.fromarray(np.where(np.asarray(photograph()) == 0, np.uint8(20), ground))
 
 
-def test_grabcut_finds_the_object_on_a_busy_ground():
-    view = prepare(busy())[0][GRABCUT]
-    rows, columns = np.flatnonzero((view > 150).any(1)), np.flatnonzero((view > 150).any(0))
-    assert columns[-1] - columns[0] >= 26 and rows[-1] - rows[0] <= 16
-    assert (view[:4] == 0).all() and (view[24:] == 0).all()
+def test_a_cut_out_by_colour_leaves_specks_behind():
+    image = photograph("#336699", "#a03020")
+    image.paste("white", (5, 5, 20, 20))
+    view, clean = (prepare(picture)[0][CUT_BY_COLOUR] for picture in (image, photograph("#336699", "#a03020")))
+    assert view.max() > 100 and np.abs(view.astype(int) - clean).max() <= 3
+
+
+def test_lab_has_the_published_coordinates_of_red():  # of sRGB with white D50: 54.3, 80.8, 69.9
+    lab = to_lab(Image.new("RGB", (2, 3), "red"))
+    assert lab.shape == (3, 2, 3) and np.abs(lab[0, 0] / 2.55 - (54.3, 80.8, 69.9)).max() < 1
+
+
+def test_a_distance_ignores_which_of_two_colours_is_the_background():
+    dark, light = (prepare(photograph(*colours))[0][DISTANCE] for colours in (("#202020", "#c0c0c0"), ("#c0c0c0", "#202020")))
+    assert dark.max() > 100 and np.abs(dark.astype(int) - light).max() < 20
 
 
 @pytest.mark.parametrize("size", [(3000, 8), (8, 3000), (8, 8), (29, 28)])
 @pytest.mark.parametrize("colour", ["white", "#336699"])
-def test_a_thin_or_tiny_picture_has_four_views(size, colour):
+def test_a_thin_or_tiny_picture_has_five_views(size, colour):
     image = Image.new("RGB", size, colour)
     image.putpixel((4, 4), (0, 0, 0))
-    assert [view.shape for view in prepare(image)[0]] == [(28, 28)] * 4
+    assert [view.shape for view in prepare(image)[0]] == [(28, 28)] * 5
 
 
 def test_the_whole_photograph_is_seen_in_its_own_grey_values():
@@ -178,10 +188,12 @@ def test_the_whole_photograph_is_seen_in_its_own_grey_values():
     assert view[0, 0] == 0xB0 and view.min() == 0x30  # a wide one is extended by its border's grey
 
 
-def test_the_last_view_is_the_middle_square():
-    image = photograph(size=(420, 280))
-    view = prepare(image)[0][CENTRE]
-    assert np.abs(view.astype(int) - np.asarray(image.crop((70, 0, 350, 280)).convert("L").resize((28, 28), 4))).max() <= 2
+def test_chroma_sees_colour_but_no_shadow_in_the_middle_square():
+    image = photograph("#b0b0b0", "#404040", (420, 280))
+    assert (prepare(image)[0][CHROMA] <= 3).all()
+    image.paste("red", (70, 0, 210, 140))  # the middle square's first quarter
+    view = prepare(image)[0][CHROMA]
+    assert (view[:13, :13] > 100).all() and (view[15:] <= 3).all() and (view[:, 15:] <= 3).all()
 
 
 def two_objects():

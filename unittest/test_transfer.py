@@ -160,7 +160,7 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
         assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
 
 
-def test_the_mean_learner_gives_both_learners_logits_the_same_weight(train_data):
+def test_the_mean_learner_gives_the_references_logits_twice_the_weight(train_data):
     fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
     mean, images = few_shot.MeanLearner(fisher, adam), train_data[0][:4]
@@ -171,7 +171,7 @@ def test_the_mean_learner_gives_both_learners_logits_the_same_weight(train_data)
         weights, biases = learner.fit(learner.embed(images).view(1, 2, 2, -1))
         logits.append(features @ weights[0].T + biases[0])
     margins = [each[:, 0] - each[:, 1] for each in logits]
-    expected = (margins[1] + margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 2
+    expected = (margins[1] + 2 * margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 3
     assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
 
 
