@@ -220,10 +220,18 @@ def test_a_model_without_scenes_does_not_see_the_whole_photograph(out):
     assert select_views(model, views).equal(views)
 
 
-def test_a_photographs_probability_is_the_mean_over_its_views(out):
+def test_a_photographs_probability_is_between_the_arithmetic_and_the_geometric_mean_over_its_views(out):
     model, views = load_model(out / "best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
-    expected = infer(model, views.unsqueeze(1)).softmax(1).mean(0, keepdim=True)
-    assert torch.allclose(classify(model, views.unsqueeze(0)), expected)
+    logits = infer(model, views.unsqueeze(1))
+    arithmetic, geometric = logits.softmax(1).mean(0), logits.log_softmax(1).mean(0).softmax(0)
+    answer = classify(model, views.unsqueeze(0))[0]
+    assert answer.sum().item() == pytest.approx(1)
+    assert arithmetic.max() < answer.max() < geometric.max()
+
+
+def test_a_photograph_with_one_view_has_that_views_probability(out):
+    model, views = load_model(out / "best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
+    assert torch.allclose(classify(model, views.unsqueeze(1)), infer(model, views.unsqueeze(1)).softmax(1), atol=1e-6)
 
 
 def test_shoes_are_three_of_the_ten_classes():
