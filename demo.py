@@ -59,7 +59,7 @@ def learn(frozen: Classifier, settings: TransferSettings, names: Sequence[str], 
             raise UserError(f"{name or 'a class without a name'}: each class needs a name and two or more photographs")
     if len(given) < 2 or len({name.casefold() for name, _ in given}) < len(given):
         raise UserError("give two or more classes, each with a name of its own")
-    views = torch.stack([read_photograph(Path(path)).views for _, paths in given for path in paths])  # (N, 4, 28, 28)
+    views = torch.stack([read_photograph(Path(path)).views for _, paths in given for path in paths])  # (N, 5, 28, 28)
     classes, paths_by_class = zip(*given)
     return learn_classes(frozen, make_part(classes, paths_by_class, select_views(frozen, views)), settings)
 

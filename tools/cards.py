@@ -24,7 +24,7 @@ CARDS = {"best_model.pt": "MODEL_CARD.md"}  # network -> its card, if that is no
 USES = {
     "classes": "Teaching, and comparing methods on Fashion-MNIST. It classifies images of the data set's format: grey, "
     "28 x 28, one garment, bright on black.",
-    "photo": "Photographs of one garment, through `predict.py`, which reads four views of each. Settings were chosen on the "
+    "photo": "Photographs of one garment, through `predict.py`, which reads five views of each. Settings were chosen on the "
     "photographs below: expect a little less on yours.",
     "task 1": "Teaching; clothes or shoe in images of the data set's format; the features of Task 2; which way a shoe points.",
     "task 2": "Teaching; a start for two or more classes of your own (`shoes_dir=`).",
