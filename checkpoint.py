@@ -90,7 +90,7 @@ def load(path: Path, *kinds: str) -> dict:
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); expected a {kind_here}") from None
     except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code
-        raise UserError(f"{path}: is damaged, or holds more than plain tensors and numbers; train again") from None
+        raise UserError(f"{path}: is damaged or no {kind_here}; train again, or name another file") from None
     kind = contents.get("kind") if isinstance(contents, dict) else None
     if kind not in kinds or KINDS[kind][0] - contents.keys():
         raise UserError(f"{path}: is no {kind_here}; train again or name another out_dir")

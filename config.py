@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -21,13 +21,13 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of a horizontal flip"),
     "vflip": (0.5, 1, "probability of a vertical flip"),
     "rotate": (10, 180, "largest angle, degrees"),
-    "shift": (2, 14, "largest translation in each direction, whole pixels"),
-    "crop": (0.2, 0.9, "largest fraction of the side cut away; the rest is resized to 28 pixels"),
-    "noise": (10, 255, "standard deviation of Gaussian noise, grey levels"),
-    "blur": (1, 5, "largest standard deviation of a Gaussian blur, pixels"),
+    "shift": (2, 14, "largest translation, whole pixels"),
+    "crop": (0.2, 0.9, "largest fraction of the side cut away"),
+    "noise": (10, 255, "deviation of Gaussian noise, grey levels"),
+    "blur": (1, 5, "largest deviation of a Gaussian blur, pixels"),
     "erase": (0.5, 1, "probability of random erasing"),
-    "scene": (0.5, 1, "fraction of images whose garments are laid on backgrounds, as in photographs"),
-    "gan": (1, 3, "standard deviation of the noise of a GAN's generator, whose images are added to the training set"),
+    "scene": (0.5, 1, "fraction of garments laid on backgrounds"),
+    "gan": (1, 3, "noise of the generator whose images are added"),
 }
 
 
@@ -91,10 +91,12 @@ Architecture = Literal[
     "resnet20", "resnet20_wide", "resnet18", "resnet18_56", "fast_cnn", "fast_cnn_wide",
     "fast_cnn_deep",
 ]  # fmt: skip
-_STRENGTHS = "; ".join(f"{name}: {unit}, 0 to {top}, default {value}" for name, (value, top, unit) in AUGMENTATIONS.items())
+_STRENGTHS = "\n".join(f"{name}:{value}  {unit}; at most {top}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare
 Augment = Annotated[
-    str, AfterValidator(_check_augment), Field(description=f"NAME or NAME:STRENGTH, e.g. hflip:0.5,shift:2; {_STRENGTHS}")
+    str,
+    AfterValidator(_check_augment),
+    Field(description=f"NAME or NAME:STRENGTH, e.g. hflip,shift:1; the default strengths are\n{_STRENGTHS}"),
 ]
 ValidRatio = Annotated[float, Field(gt=0, lt=1, description="fraction of the training images used for validation")]
 
@@ -103,16 +105,17 @@ class Settings(BaseModel):
     """Every script"""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    usage: ClassVar[str] = "[key=value ...]"
 
     data_dir: str = setting(
         "data", "folder with FashionMNIST/raw/ and others; missing files are downloaded to it", min_length=1
     )
     out_dir: str = setting(".", "folder for everything that a run writes", min_length=1)
-    seed: int = setting(0, "of the split, the initial parameters, the order and the augmentation", ge=0, lt=2**31)
+    seed: int = setting(0, "random seed of split, initial parameters, order and augmentation", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto = a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto = train in bfloat16 where the device supports it")
     batch_size: int = setting(128, "training images per step", ge=1, le=1_000_000)
-    limit: int = setting(0, "dry run: use only the first N training images of the shuffled split; 0 = all", ge=0)
+    limit: int = setting(0, "use N training images only, for a dry run; 0 = all", ge=0)
 
     def __str__(self) -> str:
         """The settings that differ from the defaults, as words of a command line."""
@@ -130,8 +133,9 @@ class Settings(BaseModel):
 class RecipeSettings(Settings):
     """Recipe"""
 
+    usage: ClassVar[str] = "[recipe=NAME] [key=value ...]"
     recipe: str = setting("", "read recipes/NAME.json instead of config.json; empty = Task 1")
-    out_dir: str = setting("", "folder for everything that a run writes; empty = . for Task 1, runs/NAME for a recipe")
+    out_dir: str = setting("", "folder of a run's files, its model among them; empty = . for Task 1, runs/NAME for a recipe")
 
     @property
     def out_path(self) -> Path:
@@ -145,7 +149,7 @@ class DataSettings(BaseModel):
         FASHION_MNIST, "fashion_mnist, mnist, kmnist, or a folder with train/CLASS/*, perhaps test/CLASS/*", min_length=1
     )
     prepare: Literal["photo", "resize"] = setting(
-        "photo", "of a folder's images: photo = cut out as predict.py does, resize = in grey, as they are"
+        "photo", "images of a folder: photo = cut out as predict.py does, resize = in grey, as they are"
     )
     output_dim: int = setting(0, "number of classes; 0 = all that the data set has, 2 = clothes or shoe in Fashion-MNIST", ge=0)
 
@@ -168,7 +172,12 @@ class ModelFileSettings(RecipeSettings):
         """Raises UserError if there is no such file."""
         path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
         if not path.exists():
-            raise UserError(f"{path}: there is no such file; train.py with this recipe makes it, or name checkpoint=")
+            advice = (
+                "name another checkpoint="
+                if self.checkpoint
+                else "train.py with the same settings makes it, or name checkpoint="
+            )
+            raise UserError(f"{path}: there is no such file; {advice}")
         return path
 
 
@@ -176,50 +185,47 @@ class ModelSettings(BaseModel):
     """Model"""
 
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
-    pretrained: bool = setting(False, "start resnet18 from torchvision's ImageNet weights, which are downloaded")
-    finetune: str = setting("", "start from the parameters in this best_model.pt, of the same layers; empty = random ones")
+    pretrained: bool = setting(False, "start resnet18 from ImageNet weights, downloaded")
+    finetune: str = setting("", "start from this best_model.pt; empty = random parameters")
     dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")
-    batch_norm: bool = setting(False, "batch normalisation after every hidden layer, fused into the weights in the saved model")
-    scaling: Literal["standard", "symmetric"] = setting("standard", "of the pixels: to mean 0 and deviation 1, or to -1..1")
+    batch_norm: bool = setting(False, "add batch normalisation; the saved model has it fused")
+    scaling: Literal["standard", "symmetric"] = setting("standard", "pixels are scaled to mean 0 and deviation 1, or to -1..1")
 
 
 class OptimizationSettings(BaseModel):
     """Optimization"""
 
-    epochs: int = setting(10, "passes over the training images, or over fractions of them", ge=1, le=100_000)
+    epochs: int = setting(10, "epochs", ge=1, le=100_000)
     optimizer: Annotated[str, AfterValidator(_check_optimizer)] = setting(
         "adam", "adam, adamw, sgd (Nesterov momentum 0.9), or a class of torch.optim such as RMSprop"
     )
     lr: float = setting(0.001, "learning rate; with a schedule, its highest value", gt=0)
     weight_decay: float = setting(0.0, "added to the gradient; with adamw, decoupled from it", ge=0)
     schedule: Literal["none", "cosine", "linear", "plateau"] = setting(
-        "none", "of lr: cosine, linear = warm-up, then decay to 0; plateau = lr / 10 after 4 epochs without a lower valid_loss"
+        "none",
+        "warm-up, then decay to 0; plateau = a tenth after 4 epochs without a lower loss",
     )
-    warmup: float = setting(0.25, "fraction of all steps in which cosine and linear rise linearly", ge=0, lt=1)
-    ema_decay: float = setting(0.0, "of the weights' exponential moving average, which is saved; 0 = no EMA", ge=0, lt=1)
-    aux_loss_weight: float = setting(
-        0.0, "weight of a second head's loss over the data set's own classes; 0 = no second head", ge=0
-    )
+    warmup: float = setting(0.25, "fraction of all steps in which the learning rate rises", ge=0, lt=1)
+    ema_decay: float = setting(0.0, "decay of the weights' moving average, which is saved; 0 = none", ge=0, lt=1)
+    aux_loss_weight: float = setting(0.0, "weight of a second head's loss over all ten classes", ge=0)
 
 
 class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSettings):
     """Training"""
 
     valid_ratio: ValidRatio = 0.1
-    patience: int = setting(0, "early stopping after N epochs without a lower validation loss; 0 = never", ge=0)
-    label_smoothing: float = setting(0.0, "probability that the target spreads over all classes", ge=0, lt=1)
-    class_weights: Literal["none", "balanced"] = setting(
-        "none", "of the labels' loss: balanced = inverse to a class's frequency"
-    )
+    patience: int = setting(0, "stop after N epochs without a lower validation loss; 0 = never", ge=0)
+    label_smoothing: float = setting(0.0, "probability mass that is spread over all classes", ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] = setting("none", "balanced = weigh a class by the inverse of its frequency")
     augment: Augment = ""
-    gan_fraction: float = setting(0.3, "augment=gan: fraction of generated images in the training set", ge=0, lt=1)
+    gan_fraction: float = setting(0.3, "augment=gan: fraction of generated images", ge=0, lt=1)
     generator: str = setting("runs/gan/generator.pt", "augment=gan: the generator, from gan/train.py")
-    first_epoch_fraction: float = setting(1.0, "random fraction of the training images in the first epoch", gt=0, le=1)
-    hard_fraction: float = setting(1.0, "fraction in later epochs: half of it with the highest last loss", gt=0, le=1)
-    teacher: str = setting("", "distil from this best_model.pt, trained on the same split, or soft_targets.pt; empty = none")
-    distill_weight: float = setting(0.9, "weight of the distillation loss; the labels' loss has the rest", ge=0, le=1)
+    first_epoch_fraction: float = setting(1.0, "random fraction of the training images in epoch 1", gt=0, le=1)
+    hard_fraction: float = setting(1.0, "the same from epoch 2 on: half had the highest loss when last seen", gt=0, le=1)
+    teacher: str = setting("", "distil from this best_model.pt or soft_targets.pt; empty = none")
+    distill_weight: float = setting(0.9, "weight of the distillation loss; the labels have the rest", ge=0, le=1)
 
     @model_validator(mode="after")
     def _pretrained_exists(self) -> "TrainSettings":
@@ -231,10 +237,10 @@ class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSet
 class RunSettings(TrainSettings):
     """Runs"""
 
-    folds: int = setting(0, "K > 1: K-fold cross-validation, one model per fold; 0 = none", ge=0, le=100)
-    runs: int = setting(1, "N models, each with its own split and seed; the best on validation images is kept", ge=1, le=100)
+    folds: int = setting(0, "K-fold cross-validation, one model per fold; 0 = none", ge=0, le=100)
+    runs: int = setting(1, "N models, each with its own split and seed; keeps the best", ge=1, le=100)
     resume: bool = setting(False, "continue from out_dir/checkpoint.pt")
-    log: Literal["none", "tensorboard"] = setting("none", "beside history.jsonl: tensorboard = also to out_dir/tensorboard")
+    log: Literal["none", "tensorboard"] = setting("none", "besides history.jsonl, log to out_dir/tensorboard")
 
     @property
     def out_path(self) -> Path:

@@ -114,12 +114,13 @@ def _class_folders(folder: Path) -> list[Path]:
 def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Classes:
     """What `read` makes of each file in `folder`/CLASS/*, in the order of the names.
 
-    A file of which it raises UserError, or that lies elsewhere, is passed over with a line on stderr. Raises UserError, naming
+    A file of which it raises UserError, or that lies elsewhere, is skipped with a warning on stderr. Raises UserError, naming
     what to mend, if there are fewer than two classes, two with names that differ by case only, or one without an image.
     """
     folders = _class_folders(folder)
     if not folders:
-        raise UserError(f"{folder}: has no class folders; images are expected in {folder}/CLASS/")
+        state = "has no class folders" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder}: {state}; put images into {folder}/CLASS/")
     if len(folders) < 2:
         raise UserError(f"{folder}: has one class only, {folders[0].name}; at least two are needed")
     by_name = {path.name.casefold(): path for path in folders}
@@ -149,9 +150,11 @@ def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
 
     folder = resolve(name)
     if not folder.is_dir():
-        raise UserError(f"data={name}: is neither one of {', '.join(TITLES)} nor a folder")
+        raise UserError(
+            f"data={name}: is neither one of {', '.join(TITLES)} nor a folder; put images into {folder}/train/CLASS/"
+        )
     if not (folder / "train").is_dir():
-        raise UserError(f"{folder}: has no folder train; images are expected in {folder}/train/CLASS/")
+        raise UserError(f"{folder}: has no folder train; put images into {folder}/train/CLASS/")
     has_test = (folder / "test").is_dir()
     if has_test:  # before an hour of training
         here, there = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))

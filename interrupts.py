@@ -66,7 +66,7 @@ def resume_command(arguments: list[str], is_saved: bool) -> str:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of `folder` until this process ends, in whatever way. Raises UserError if one is in it.
 
-    Where the file system has no locks (some NFS, Lustre, containers), it warns and goes on without one.
+    Where the file system has no locks (some NFS, Lustre, containers), it warns and continues without one.
     """
     lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:

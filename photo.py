@@ -147,7 +147,7 @@ def open_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels; save it smaller") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file; a relative path starts at the repository's folder") from None
     except Exception:  # Pillow's readers raise a dozen types for files that are damaged, foreign or of a rare kind
         raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
 

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,7 @@ COLUMNS = ("file", "class", "probability", "runner_up", "warning")  # of predict
 class PredictSettings(ModelFileSettings):
     """Prediction"""
 
+    usage: ClassVar[str] = "[recipe=NAME] [key=value ...] [IMAGE ...]"
     index: int = setting(-1, "number of the test image; -1 = a random one", ge=-1)
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
@@ -17,6 +18,7 @@ from pydantic_core import ErrorDetails
 from config import FASHION_MNIST, Settings, UserError, as_text, config_path, read_config, unknown_setting
 
 HELP = {"help", "-h", "--help"}
+INDENT = 24  # columns before a setting's description in the text of `help`
 
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
@@ -73,12 +75,12 @@ def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}={given}: {unknown_setting(key, settings_type.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{key}={given}: {reason} ({settings_type.model_fields[key].description})"
+    return f"{key}={given}: {reason} ({str(settings_type.model_fields[key].description).splitlines()[0]})"
 
 
 def describe(settings_type: type[Settings], values: dict) -> str:
     """The text of `help`: every setting with its value, type, range and meaning, grouped by the class that declares it."""
-    lines, described = ["usage: python SCRIPT.py [recipe=NAME] [key=value ...]"], set[str]()
+    lines, described = [f"usage: python {sys.argv[0]} {settings_type.usage}"], set[str]()
     for group in reversed(settings_type.__mro__):
         keys = [key for key in getattr(group, "__annotations__", {}) if key in settings_type.model_fields.keys() - described]
         described |= set(keys)
@@ -87,10 +89,16 @@ def describe(settings_type: type[Settings], values: dict) -> str:
             field = settings_type.model_fields[key]
             kind = getattr(field.annotation, "__name__", "")
             if kind == "Literal":
-                kind = "|".join(map(str, get_args(field.annotation)))
+                kind = " | ".join(map(str, get_args(field.annotation)))
             for sign, bound in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt")):
                 kind += "".join(f", {sign} {getattr(rule, bound)}" for rule in field.metadata if hasattr(rule, bound))
-            lines.append(f"{key}={as_text(values.get(key, field.default))}  ({kind})\n    {field.description}")
+            first, *others = str(field.description).splitlines()
+            first += f" ({kind})" * (kind != "str")
+            right = [part for line in (first, *others) for part in textwrap.wrap(line, 99 - INDENT)]
+            left = f"{key}={as_text(values.get(key, field.default))}"
+            if len(left) >= INDENT:
+                lines, left = [*lines, left], ""
+            lines += [f"{start:{INDENT}}{part}" for start, part in zip([left, *[""] * len(right)], right)]
     return "\n".join(lines)
 
 
@@ -123,7 +131,7 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as error:
-            print(f"warning: standard output can't be written ({error.strerror}); the script goes on", file=sys.stderr)
+            print(f"warning: standard output can't be written ({error.strerror}); the script continues", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what is in the stream's buffer
 
 

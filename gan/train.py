@@ -37,7 +37,7 @@ class GanSettings(OptimizationSettings, Settings):
     """GAN"""
 
     out_dir: str = setting("runs/gan", "folder for everything that a run writes", min_length=1)
-    epochs: int = setting(30, "passes over the training images", ge=1, le=100_000)
+    epochs: int = setting(30, "epochs", ge=1, le=100_000)
     lr: float = setting(0.0005, "the generator's highest learning rate; the discriminator's is twice as high", gt=0)
     schedule: Literal["none", "cosine", "linear"] = setting("linear", "of the learning rates; none = constant")
     warmup: float = setting(0.0, "fraction of all steps in which cosine and linear rise linearly", ge=0, lt=1)

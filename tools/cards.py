@@ -110,7 +110,7 @@ def training_figures(contents: dict, history: list[dict], recipe: str, root: str
     rows = {}
     if len(seeds) > 1:
         accuracies = [scores["accuracy"] for scores, _, _ in seeds]
-        spread = f"{percent(statistics.mean(accuracies))} ± {percent(statistics.stdev(accuracies))}"
+        spread = f"{100 * statistics.mean(accuracies):.2f} ± {percent(statistics.stdev(accuracies))}"
         rows["Test accuracy of all seeds"] = f"{spread} (n={len(seeds)}); this is seed {settings['seed']}"
     differ = ", ".join(f"{key} {value}" for key, value in read_config(config_path(recipe)).items())
     file, minutes = f"recipes/{recipe}.json" if recipe else "config.json", sum(line["seconds"] for line in history) / 60

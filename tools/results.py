@@ -43,7 +43,7 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
     accuracy = statistics.mean(scores["accuracy"] for scores, _, _ in seeds)
     scores, settings, history = seeds[0]
     minutes = sum(line["seconds"] for line in history) / 60
-    spread = f" ± {statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2%}" if len(seeds) > 1 else ""
+    spread = f" ± {100 * statistics.stdev(scores['accuracy'] for scores, _, _ in seeds):.2f}" if len(seeds) > 1 else ""
     runs = history[-1].get("run", 1)
     epochs = len(history) // runs
     full_epochs = settings["first_epoch_fraction"] + settings["hard_fraction"] * (epochs - 1)  # on all images, as many steps
@@ -55,7 +55,7 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
         f"{runs} x " * (runs > 1) + f"{epochs}",
         f"{runs * full_epochs:.4g}",
         f"{minutes:.1f}",
-        f"**{accuracy:.2%}**{spread} (n={len(seeds)})",
+        f"**{100 * accuracy:.2f}{spread} %** (n={len(seeds)})",
         f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
     )
     return f"| {' | '.join(cells)} |".replace("%", " %").replace("  %", " %")

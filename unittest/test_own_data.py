@@ -142,7 +142,7 @@ def spoil(folder, how):
     ("how", "message"),
     [
         ("no folder", "is neither one of fashion_mnist, mnist, kmnist nor a folder"),
-        ("no train", "has no folder train; images are expected in"),
+        ("no train", "has no folder train; put images into"),
         ("no classes", "train: has no class folders"),
         ("one class", "train: has one class only, 0"),
         ("case", "the classes Cat and cat differ by case only; rename one or merge them"),

@@ -25,7 +25,7 @@ def root(tmp_path):
 
 
 def test_a_row_is_the_mean_over_seeds_and_has_the_minutes_of_the_first(root):
-    row = "| `compact_cnn` | 98,442 | 2.0 M | 3 | 1.5 | 1.0 | **92.00 %** ± 1.41 % (n=2) | 90.33 % |"
+    row = "| `compact_cnn` | 98,442 | 2.0 M | 3 | 1.5 | 1.0 | **92.00 ± 1.41 %** (n=2) | 90.33 % |"
     assert results.row("compact_cnn", root) == row
 
 
