@@ -76,7 +76,7 @@ def save_json(path: Path, contents: dict) -> None:
 
 
 def load(path: Path, *kinds: str) -> dict:
-    """The dict that `save` wrote, on the CPU, whose "kind" is one of `kinds`, of KINDS. No code inside the file ever runs.
+    """The dict that `save` wrote, on the CPU. Its "kind" is one of `kinds`, keys of KINDS. No code inside the file ever runs.
 
     Raises UserError if the file is missing, damaged, foreign, malicious, of another kind or of an older version.
     """
@@ -157,7 +157,7 @@ def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int])
         print(f"resumes with another number of epochs: the {saved_settings['schedule']} schedule now covers all of them")
     changed = [f"{key}={value} (was {made_on.get(key)})" for key, value in here.items() if value != made_on.get(key)]
     if changed:
-        print(f"resumes with {', '.join(changed)}: the result will not be bitwise that of an uninterrupted run")
+        print(f"resumes with {', '.join(changed)}: the result will not be bitwise identical to an uninterrupted run's")
 
 
 def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, data: str = FASHION_MNIST) -> None:
@@ -179,7 +179,7 @@ def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, 
 
 
 def rng_state(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The states of `generator` and of torch's default generators, which differ between processes: `(processes, length)`."""
+    """The states, uint8, of `generator`, `(length,)`, and of every process's default generators, `(processes, length)`."""
     states = {"torch": torch.get_rng_state()}
     device = generator.device.type
     if device != "cpu":

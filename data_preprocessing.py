@@ -59,8 +59,8 @@ def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
 
 
 def as_task(data: Dataset, output_dim: int) -> Dataset:
-    """The data set with `output_dim` classes; 0 = all. Raises UserError unless it has so many, or is Fashion-MNIST, of which
-    Task 1 has 2."""
+    """The data set with `output_dim` classes; 0 = all, 2 = clothes or shoe for Fashion-MNIST. Raises UserError on other
+    numbers than that of its classes."""
     if output_dim in (0, len(data.class_names)):
         return data
     if output_dim == 2 and data.class_names == CLASS_NAMES:
@@ -177,20 +177,18 @@ def task_labels(fine_labels: torch.Tensor, output_dim: int) -> torch.Tensor:
 
 
 def load_test_data(metadata: Mapping, settings) -> Dataset:
-    """The test images of the data set that a model was trained on, or that `settings` name, with labels of the model's classes.
-
-    `metadata` is the model's. Raises UserError if the data set has not these classes.
-    """
+    """The test split of `settings.data` or, if that is empty, of the data set in the model's `metadata`, with labels of the
+    model's classes. Raises UserError if the data set has other classes."""
     data = load_data("test", settings.data_path, training_settings(metadata, settings))
     names = tuple(metadata["class_names"])
     data = as_task(data, 2) if data.class_names == CLASS_NAMES and names == CLOTHES_OR_SHOE else data
     if names != data.class_names:
-        raise UserError(f"this model has the classes {', '.join(names)}, the test images have not; name image files instead")
+        raise UserError(f"this model has the classes {', '.join(names)}, the test images have others; name image files instead")
     return data
 
 
 def training_settings(metadata: Mapping, settings=None) -> dict:
-    """The settings under which a model with this metadata was trained; `data` is that of `settings` if they name one."""
+    """The settings with which a model with this metadata was trained; `settings.data` replaces `data` unless it is empty."""
     named = getattr(settings, "data", "")
     return DEFAULTS | metadata.get("settings", {}) | ({"data": named} if named else {})
 

@@ -157,8 +157,8 @@ def _resnet(output_dim: int, *stages: tuple[int, ...], first: type[nn.Conv2d] = 
 
 
 def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], blocks: int) -> Classifier:
-    """A 3x3 convolution, then three stages with so many channels, each of so many pre-activation blocks. The side halves from
-    one stage to the next: 28, 14, 7."""
+    """A 3x3 convolution, then three stages: stage i has `blocks` pre-activation blocks with `channels[i]` channels. The side
+    halves from one stage to the next: 28, 14, 7."""
     layers: list[nn.Module] = [nn.Conv2d(1, channels[0], 3, padding=1, bias=False)]
     for before, after, stride in zip((channels[0], *channels), channels, (1, 2, 2)):
         layers += [PreActivationBlock(before, after, stride), *(PreActivationBlock(after, after, 1) for _ in range(blocks - 1))]

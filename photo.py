@@ -30,7 +30,7 @@ CUT_OUT, CUT_BY_COLOUR, WHOLE, DISTANCE, CHROMA = range(5)
 
 class Photograph(NamedTuple):
     picture: np.ndarray  # RGB (H, W, 3), small, to be drawn
-    views: torch.Tensor  # uint8 (V, 28, 28): five, or the one that `prepare=resize` makes
+    views: torch.Tensor  # uint8 (V, 28, 28): five, in the order of CUT_OUT to CHROMA, or the one that `prepare=resize` makes
     warning: str  # why the answer may be wrong; empty if nothing speaks against it
 
 
@@ -43,7 +43,8 @@ def read_photograph(path: Path, preparation: str = "photo") -> Photograph:
 
 
 def read_view(path: Path, preparation: str) -> torch.Tensor:
-    """The first view, uint8 `(28, 28)`, of `read_photograph`, without the time that the others take. Raises UserError as it."""
+    """The first view, uint8 `(28, 28)`, of `read_photograph`, without the time that the others take. Raises UserError
+    if the file can't be read."""
     image = open_image(path)
     view = resize(image) if preparation == "resize" else to_fashion_mnist(image)
     return torch.from_numpy(view) if view is not None else read_photograph(path).views[CUT_OUT]

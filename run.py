@@ -71,8 +71,8 @@ class Run:
         return is_done(epochs_of_run(self.history, number), self.settings.epochs, patience)
 
     def fit(self, trainer, number: int = 1, log: Callable[[dict], None] | None = None) -> Iterator[dict]:
-        """Train model `number` until it is done. Yields each epoch's line of history, when everything is on disk, and calls
-        `log` with it before: so a log may be an epoch ahead of the checkpoint, never behind.
+        """Train model `number` until it is done. After each epoch, calls `log` with its line of history, saves, then yields
+        the line: so a log may be an epoch ahead of the checkpoint, never behind.
 
         Raises UserError if the checkpoint is another model's, and what the trainer raises.
         """

@@ -84,12 +84,12 @@ class Pose(NamedTuple):
     flip: torch.Tensor
 
 
-def place(layers: torch.Tensor, pose: Pose, bend: float, draw: Random) -> torch.Tensor:
+def paste(layers: torch.Tensor, pose: Pose, bend: float, draw: Random) -> torch.Tensor:
     """Layers in a pose, empty outside; `bend` is the largest standard deviation, in pixels, of a smooth deformation."""
     if not len(layers):
         return layers
     cos, sin = pose.tilt.cos(), pose.tilt.sin()
-    # from a place in the result to the place in the image that comes there
+    # from a position in the result to the one in the image that comes there
     a, b = (x * pose.flip / (pose.scale * pose.aspect) for x in (cos + pose.shear * sin, sin - pose.shear * cos))
     c, d = (x * pose.aspect / pose.scale for x in (-sin, cos))
     theta = torch.stack([a, b, -a * pose.right - b * pose.down, c, d, -c * pose.right - d * pose.down], 1).view(-1, 2, 3)
@@ -146,7 +146,7 @@ def background(count: int, others: torch.Tensor, draw: Random) -> torch.Tensor:
     one = torch.ones_like(draw.uniform(len(i), 0, 1))
     angle, right, down = draw.uniform(len(i), -math.pi, math.pi), draw.uniform(len(i), -1, 1), draw.uniform(len(i), -1, 1)
     pose = Pose(draw.uniform(len(i), 0.6, 1.8), angle, right, down, one, 0 * one, one)
-    ground[i] = over(ground[i], place(others[i], pose, 0, draw))
+    ground[i] = over(ground[i], paste(others[i], pose, 0, draw))
     return ground.clamp(0, 1)
 
 
@@ -199,7 +199,7 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     flip = torch.where(draw.chance(count, 0.5), -1.0, 1.0)
     shear = draw.uniform(count, -0.2, 0.2) * draw.chance(count, 0.4)
     pose = Pose(scale, tilt, right + right_apart, down + down_apart, draw.uniform(count, -0.2, 0.2).exp(), shear, flip)
-    placed = place(layers, pose, 1.0, draw)
+    placed = paste(layers, pose, 1.0, draw)
 
     result = background(count, layers.roll(1, 0), draw)
     i = indices(is_worn)
@@ -215,7 +215,7 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
         down=(down - down_apart)[i],
         flip=torch.where(stands_upright[i] | draw.chance(len(i), 0.3), other.flip, -other.flip),
     )
-    result[i] = over(result[i], place(layers[i], other, 1.0, draw))
+    result[i] = over(result[i], paste(layers[i], other, 1.0, draw))
     result = over(result, placed)
 
     i = indices(is_cut_out & draw.chance(count, 0.3))  # ground that was left

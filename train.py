@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> None:
     device = distributed.init(choose_device(settings.device))
     precision = choose_precision(settings.precision, device)
     keep_freed_memory()
-    count = settings.folds or settings.runs  # models
-    run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), count)
+    n_models = settings.folds or settings.runs
+    run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), n_models)
     print("settings:", settings)
 
     splits = load_splits(settings, device, settings.folds, settings.runs)
@@ -51,14 +51,14 @@ def main(arguments: list[str]) -> None:
             trainer = Trainer(settings, settings.seed + number - 1, add_generated(split, settings), precision)
             if number == 1:
                 print_summary(trainer.model)
-            name = "" if count == 1 else f"{'fold' if settings.folds else 'run'} {number}/{count}: "
+            name = "" if n_models == 1 else f"{'fold' if settings.folds else 'run'} {number}/{n_models}: "
             sizes = f"{len(split.train):,} training, {len(split.valid):,} validation images"
             print(f"{name}{sizes}; {device} in {str(precision)[6:]}")
             log = None
             if settings.log != "none" and distributed.rank() == 0:
                 from logger import LOGGERS  # here, because it imports matplotlib
 
-                folder = run.out / settings.log / (f"run_{number}" if count > 1 else "")
+                folder = run.out / settings.log / (f"run_{number}" if n_models > 1 else "")
                 log = LOGGERS[settings.log](folder, trainer, len(epochs_of_run(run.history, number))).write
             for line in run.fit(trainer, number, log):
                 is_best = line is checkpoint.best_epoch(run.history)
@@ -75,12 +75,12 @@ def main(arguments: list[str]) -> None:
         import plots  # here, because matplotlib takes half a second to import
 
         plots.draw_curves(run.out / "history.jsonl", run.out / "plots" / "curves.png")
-    if count > 1:
-        bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, count + 1)]
+    if n_models > 1:
+        bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, n_models + 1)]
         print_runs(bests, "fold" if settings.folds else "run")
     best = checkpoint.best_epoch(run.history)
     print(
-        f"best: {'run {}, '.format(best['run']) if count > 1 else ''}epoch {best['epoch']}, "
+        f"best: {'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}, "
         f"validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}; "
         f"{time.perf_counter() - started:.1f} s; wrote {run.model_path}"
     )

@@ -59,7 +59,7 @@ class Criterion(nn.Module):
 
     Cross-entropy with label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7), distillation (Hinton et al. 2015,
     arXiv 1503.02531, section 2) and the loss of an auxiliary head on the same features, with `fine_classes` outputs.
-    `class_weights`, `(C,)`, are of the classes' cross-entropy.
+    `class_weights`, `(C,)`, weigh the classes in the cross-entropy.
     """
 
     class_weights: torch.Tensor | None
@@ -76,7 +76,10 @@ class Criterion(nn.Module):
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`."""
+        """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`.
+
+        `images` are uint8 `(N, 1, 28, 28)`, labels int64 `(N,)`, `teacher_logits` float32 `(N, C)`.
+        """
         features = self.model.forward_features(images)
         logits = self.model.classifier(features)
         losses = F.cross_entropy(logits, labels, reduction="none")  # (N,)
@@ -120,8 +123,8 @@ class EMA(Generic[SomeModel]):
 class HardExampleSampler:
     """Epochs on a fraction of the training images: half of it those with the highest last loss, half drawn at random.
 
-    After one epoch almost every image is classified with certainty and has next to no gradient: a batch of such images
-    changes nothing. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
+    After a few hundred steps almost every image is classified with certainty and has next to no gradient. A batch of such
+    images changes nothing. Selection by loss: Loshchilov & Hutter 2015, arXiv 1511.06343.
     """
 
     def __init__(self, train: torch.Tensor):
@@ -154,7 +157,7 @@ class HardExampleSampler:
 
 def epoch_batches(order: torch.Tensor, settings, epoch: int) -> tqdm:
     """The indices `order` in batches of `settings.batch_size`, in the first process with a progress bar on a terminal. A
-    shorter rest is left out, unless it is all there is."""
+    last, shorter batch is dropped, unless it is the only one."""
     full = len(order) // settings.batch_size * settings.batch_size or len(order)
     is_hidden, name = True if distributed.rank() else None, f"epoch {epoch}/{settings.epochs}"
     return tqdm(order[:full].split(settings.batch_size), name, disable=is_hidden, leave=False, unit=" batches")
@@ -163,7 +166,8 @@ def epoch_batches(order: torch.Tensor, settings, epoch: int) -> tqdm:
 class Trainer:
     """One model in training: its data, model, optimizer and extras. Everything that changes is in its `state_dict`.
 
-    It trains on the split's device. Raises UserError if processes or batch normalisation would get too small batches.
+    It trains on the split's device. Raises UserError if a process would get an empty batch, or if a file that the settings name
+    (teacher, finetune) is missing or does not fit.
     """
 
     kind, model_kind = "checkpoint", "best_model"
@@ -295,7 +299,7 @@ class Trainer:
         return loss, accuracy
 
     def infer(self, model: Classifier, images: torch.Tensor) -> torch.Tensor:
-        """Logits as `infer`'s, of which each process computes its shard."""
+        """The logits `(N, C)` of all images; each process computes its shard."""
         distributed.broadcast_buffers(model)
         return distributed.gather_rows(infer(model, distributed.shard(images), self.precision), len(images))
 

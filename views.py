@@ -16,7 +16,7 @@ POWER = 2 / 3  # of the probabilities in their power mean: 1, the arithmetic mea
 
 
 def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Of a photograph's views, uint8 `(N, V, 28, 28)`, those that the model can read, as it reads them, in the same form."""
+    """Those of N photographs' views, uint8 `(N, V, 28, 28)`, that the model was trained to read, `(N, V', 28, 28)`."""
     settings = training_settings(model.metadata)
     if "scene" in parse_augment(settings.get("augment", "")):
         return views
@@ -42,7 +42,7 @@ def face_left(views: torch.Tensor) -> torch.Tensor:
     """Each view, uint8 `(N, 28, 28)`, or its horizontal flip: the one to which Task 1's model gives more probability of a shoe.
 
     Every shoe in the data set points to the left, and a model that never saw another one classifies most that point to the
-    right as clothes; clothes and bags look much the same both ways.
+    right as clothes; clothes and bags look much the same both ways. Raises UserError if Task 1's model is missing.
     """
     model = load_model(ROOT / "best_model.pt")
     both = torch.stack([views, views.flip(-1)])  # (2, N, 28, 28)

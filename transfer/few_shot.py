@@ -19,7 +19,7 @@ SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 VIEWS = 32  # distorted copies of each support image
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
-REFERENCE_WEIGHT = 2  # of the reference's logits, ours having 1: on no kind of photographs is the mean a point worse than they
+REFERENCE_WEIGHT = 2  # of AdamLearner's logits, FisherLearner's having 1; chosen on photographs of five kinds
 RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.3, photographs from elsewhere at 1.0 to 2.4
 
 
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     size: float  # natural logarithm, either way
     hflip: float  # probability
     rounds: int  # of soft k-means over the unlabelled images
-    sharpness: float  # logit of a discriminant of 1, by which probabilities can be believed
+    sharpness: float  # inverse temperature of the discriminants, calibrated
 
 
 DATA_SET = Source(stretch=0.4, tilt=0, size=0, hflip=0, rounds=3, sharpness=300)  # chosen on the pool
@@ -55,7 +55,7 @@ def distort(images: torch.Tensor, source: Source, generator: torch.Generator) ->
 def similar_class(images: torch.Tensor, examples: torch.Tensor) -> int | None:
     """Features `(N, D)` of images and `(L, M, D)` of examples of L classes -> the class that the images come from, or None.
 
-    They come from a class if they are hardly farther from its mean, on average, than its own examples are.
+    They come from a class if they are, on average, less than RESEMBLANCE farther from its mean than its own examples.
     """
     centre = examples.mean((0, 1))
     images, examples = (F.normalize(features - centre, dim=-1) for features in (images, examples))
@@ -141,7 +141,7 @@ class AdamLearner:
 
 
 class MeanLearner:
-    """The weighted mean of both learners' logits, for photographs, on some of which one fails and on others the other.
+    """The weighted mean of both learners' logits, for photographs: the two fail on different ones.
 
     The reference's logits are scaled to the same standard deviation as Fisher's over the unlabelled images.
     """

@@ -157,7 +157,7 @@ def accuracies(
     return ((is_right & counts).sum(1).double() / counts.sum(1)).tolist()
 
 
-def summarise(values: list[float], images: int) -> dict:
+def summarize_episodes(values: list[float], images: int) -> dict:
     """Mean, spread, 5th percentile and extremes of episodes' accuracies; the 95 % interval is the mean's, or Wilson's of one
     episode."""
     mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> None:
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")
     print(f"{'':22}    mean    std  5th percentile      min      max   95 % interval")
-    report = {name: summarise(by_shots[episodes.shots], episodes.tested) for name, by_shots in rows.items()}
+    report = {name: summarize_episodes(by_shots[episodes.shots], episodes.tested) for name, by_shots in rows.items()}
     for name, row in report.items():
         low, high = row["ci95"]
         spread = f"{row['std']:6.2%} {row['p5']:15.2%} {row['min']:8.2%} {row['max']:8.2%}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scenes import Pose, Random, add_scenes, background, cut_out, make_scenes, over, place
+from scenes import Pose, Random, add_scenes, background, cut_out, make_scenes, over, paste
 
 
 @pytest.fixture
@@ -31,19 +31,19 @@ def test_a_garment_covers_what_is_below_it(train_data, layers):
 
 
 def test_the_upright_pose_of_full_size_changes_nothing(layers, draw):
-    assert torch.allclose(place(layers, pose(8), 0, draw), layers, atol=1e-5)
+    assert torch.allclose(paste(layers, pose(8), 0, draw), layers, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "parts, expected", [({"flip": -1}, lambda x: x.flip(-1)), ({"tilt": torch.pi}, lambda x: x.flip(-1, -2))]
 )
 def test_flips_and_half_turns_are_exact(parts, expected, layers, draw):
-    assert torch.allclose(place(layers, pose(8, **parts), 0, draw), expected(layers), atol=1e-4)
+    assert torch.allclose(paste(layers, pose(8, **parts), 0, draw), expected(layers), atol=1e-4)
 
 
 def test_a_pose_moves_and_shrinks_the_garment(draw):
     square = torch.ones(1, 2, 28, 28)
-    placed = place(square, pose(scale=0.5, right=0.5, down=-0.5), 0, draw)[0, 1]
+    placed = paste(square, pose(scale=0.5, right=0.5, down=-0.5), 0, draw)[0, 1]
     rows, columns = torch.nonzero(placed > 0.5).unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 13, 14, 27)
 

@@ -334,7 +334,7 @@ def spoil(folder, how):
         ("all unreadable", [], "has no image that can be read"),
         ("one class", [], "one class only"),
         ("other classes", [], "has the classes"),
-        ("no test", [], "has no class folders"),
+        ("no test", [], "there is no such folder; put images into"),
         ("nothing", ["shots=5"], "only 4 images"),
         ("nothing", ["shots=5", "episodes=3"], "only 4 images"),
         ("nothing", ["checkpoint=foreign.pt"], "no such file"),
