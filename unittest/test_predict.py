@@ -235,9 +235,10 @@ def test_a_photograph_with_one_view_has_that_views_probability(out):
 
 
 def test_shoes_are_three_of_the_ten_classes():
-    ten = torch.zeros(1, 10)
-    ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    assert torch.allclose(clothes_or_shoe(ten), torch.tensor([[0.4, 0.6]]))
+    ten = torch.zeros(2, 10)
+    ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.1, 0.2, 0.6])  # odds of 2 to 3, which become 1 to 1
+    ten[1, 9] = 1
+    assert torch.allclose(clothes_or_shoe(ten), torch.tensor([[0.5, 0.5], [0, 1]]))
 
 
 @pytest.fixture
