@@ -96,7 +96,7 @@ _STRENGTHS = "\n".join(f"{name}:{value}  {unit}; at most {top}" for name, (value
 Augment = Annotated[
     str,
     AfterValidator(_check_augment),
-    Field(description=f"NAME or NAME:STRENGTH, e.g. hflip,shift:1; the default strengths are\n{_STRENGTHS}"),
+    Field(description=f"NAME or NAME:STRENGTH, e.g. hflip,shift:1\nThe default strengths are\n{_STRENGTHS}"),
 ]
 ValidRatio = Annotated[float, Field(gt=0, lt=1, description="fraction of the training images used for validation")]
 
@@ -209,7 +209,7 @@ class OptimizationSettings(BaseModel):
     )
     warmup: float = setting(0.25, "fraction of all steps in which the learning rate rises", ge=0, lt=1)
     ema_decay: float = setting(0.0, "decay of the weights' moving average, which is saved; 0 = none", ge=0, lt=1)
-    aux_loss_weight: float = setting(0.0, "weight of a second head's loss over all ten classes", ge=0)
+    aux_loss_weight: float = setting(0.0, "weight of the loss of a second head over the data set's classes; 0 = none", ge=0)
 
 
 class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSettings):

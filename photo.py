@@ -148,7 +148,7 @@ def open_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels; save it smaller") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; a relative path starts at the repository's folder") from None
+        raise UserError(f"{path}: there is no such file") from None
     except Exception:  # Pillow's readers raise a dozen types for files that are damaged, foreign or of a rare kind
         raise UserError(f"{path}: is no readable image; PNG, JPEG, GIF, BMP, TIFF and WebP are") from None
 
@@ -190,7 +190,7 @@ def to_fashion_mnist(image: Image.Image) -> np.ndarray | None:
     negated. An image that is 28x28 on black already is returned unchanged. None if no object stands out.
     """
     if image.size == (28, 28):
-        grey = np.asarray(image.convert("L"))
+        grey = np.array(image.convert("L"))
         if np.median(_border(grey)) < 8 and grey.max() >= MIN_CONTRAST:
             return grey
     image = image.copy()

@@ -101,7 +101,7 @@ def is_setting(word: str) -> bool:
 
 def find_files(word: str) -> list[Path]:
     """The files that a word of the command line names: one, those in a folder and its folders, or those of a pattern."""
-    path = Path(word) if os.path.exists(word) else ROOT / word
+    path = ROOT / word if os.path.exists(ROOT / word) and not os.path.exists(word) else Path(word)
     if os.path.isdir(path):
         members = sorted(member for member in path.rglob("*") if member.is_file() and not member.name.startswith("."))
         if not members:

@@ -14,7 +14,7 @@ from photo import CUT_OUT, WHOLE
 from trainer import infer
 
 SHOE_ODDS = 1.5  # factor of a shoe's odds: three in ten of the data set's images are shoes, of people's photographs more
-POWER = 2 / 3  # of the probabilities in their power mean: 1, the arithmetic mean, is less sure than it is often right
+TEMPERATURE = 1.5  # of each view's softmax; the mean is sharpened by it again. 1, the plain mean, is too unsure
 
 
 def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
@@ -28,10 +28,11 @@ def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
 
 
 def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
-    """Probabilities `(N, C)`: the power mean over views, uint8 `(N, V, 28, 28)`."""
+    """Probabilities `(N, C)` of photographs with views, uint8 `(N, V, 28, 28)`: the mean of the views' softened probabilities,
+    sharpened again. Of one view, they are its own."""
     logits = infer(model, views.flatten(0, 1).unsqueeze(1)).unflatten(0, views.shape[:2])  # (N, V, C)
-    means = (POWER * logits).softmax(2).mean(1) ** (1 / POWER)
-    return means / means.sum(1, keepdim=True)
+    sharpened = (logits / TEMPERATURE).softmax(2).mean(1) ** TEMPERATURE
+    return sharpened / sharpened.sum(1, keepdim=True)
 
 
 def clothes_or_shoe(probabilities: torch.Tensor) -> torch.Tensor:
