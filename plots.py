@@ -342,9 +342,9 @@ def draw_predictions(
                 bars.barh(y, value, color=colour)
                 x, side, colour = (value - 0.02, "right", "white") if value > 0.8 else (value + 0.02, "left", "black")
                 bars.text(x, y, f"{value:.1%}", va="center", ha=side, color=colour, fontsize=8)
-            bars.invert_yaxis()
-            bars.set(xlim=(0, 1), xlabel="probability" if rows == 1 else "")
+            bars.set(xlim=(0, 1), ylim=(count - 0.5, -0.5), xlabel="probability")  # the first above
             bars.xaxis.set_major_formatter(PercentFormatter(1))
+            bars.xaxis.set_visible(rows == 1)  # of many rows, laying out the ticks would take long
             title = f"predicted {class_names[winner]}" + ("" if truth is None else f", true {class_names[truth]}")
             title += f"\nrunner-up {class_names[order[1]]}" if len(class_names) > 2 else ""
             bars.set_title(title, fontsize=9, parse_math=False)
