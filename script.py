@@ -80,7 +80,7 @@ def _explain(problem: ErrorDetails, settings_type: type[Settings]) -> str:
 
 def describe(settings_type: type[Settings], values: dict) -> str:
     """The text of `help`: every setting with its value, type, range and meaning, grouped by the class that declares it."""
-    lines, described = [f"usage: python {sys.argv[0]} {settings_type.usage}"], set[str]()
+    lines, described = [f"usage: python {sys.argv[0]} {settings_type.usage}  (*: not the default)"], set[str]()
     for group in reversed(settings_type.__mro__):
         keys = [key for key in getattr(group, "__annotations__", {}) if key in settings_type.model_fields.keys() - described]
         described |= set(keys)
@@ -95,7 +95,8 @@ def describe(settings_type: type[Settings], values: dict) -> str:
             first, *others = str(field.description).splitlines()
             first += f" ({kind})" * (kind != "str")
             right = [part for line in (first, *others) for part in textwrap.wrap(line, 99 - INDENT)]
-            left = f"{key}={as_text(values.get(key, field.default))}"
+            value = as_text(values.get(key, field.default))
+            left = f"{key}={value}" + " *" * (value != as_text(field.default))
             if len(left) >= INDENT:
                 lines, left = [*lines, left], ""
             lines += [f"{start:{INDENT}}{part}" for start, part in zip([left, *[""] * len(right)], right)]

@@ -267,7 +267,7 @@ def test_help_groups_the_settings(capsys):
 
 def test_help_has_the_recipes_values_types_and_ranges(root, capsys):
     lines = help_lines(["recipe=quick"], RunSettings, capsys)
-    assert any(re.fullmatch(r"epochs=2 +epochs \(int, >= 1, <= 100000\)", line) for line in lines)
+    assert any(re.fullmatch(r"epochs=2 \* +epochs \(int, >= 1, <= 100000\)", line) for line in lines)
 
 
 def test_help_of_training_fits_two_screens(capsys):

@@ -17,11 +17,11 @@ from transfer.train_eval import TransferSettings
 
 @pytest.fixture(scope="module")
 def photographs(train_data, tmp_path_factory):
-    """Three photographs of each of two classes, trousers and bags; a file that is no image; an image of 54 megapixels."""
+    """Five photographs of each of two classes, trousers and bags; a file that is no image; an image of 54 megapixels."""
     folder = tmp_path_factory.mktemp("photographs")
     paths = {}
     for name, label in (("trouser", 1), ("bag", 8)):
-        chosen = train_data[0][torch.nonzero(train_data[1] == label).flatten()[:3]]
+        chosen = train_data[0][torch.nonzero(train_data[1] == label).flatten()[:5]]
         paths[name] = demo.save_examples(chosen, folder, name)
     (folder / "broken.jpg").write_text("no image")
     Image.new("1", (9_000, 6_000)).save(folder / "huge.png")
@@ -76,11 +76,11 @@ def test_classes_are_learned_and_tried(page, photographs):
     page.get_by_role("tab", name="Teach").click()
     for number, (name, label) in enumerate((("trousers <b>", "trouser"), ("bags", "bag"))):
         page.get_by_label(f"Name of class {number + 1}").fill(name)
-        inputs(page).nth(number).set_input_files(photographs[label][:2])
-        page.get_by_role("button", name="Thumbnail").nth(2 * number + 1).wait_for()
+        inputs(page).nth(number).set_input_files(photographs[label][:4])
+        page.get_by_role("button", name="Thumbnail").nth(4 * number + 3).wait_for()
     page.get_by_role("button", name="Learn").click()
     page.get_by_role("status").filter(has_text="Learned: trousers <b> or bags").wait_for()
-    inputs(page).last.set_input_files(photographs["bag"][2])
+    inputs(page).last.set_input_files(photographs["bag"][4])
     page.get_by_test_id("label-output-value").filter(has_text="bags").wait_for()
 
 
