@@ -4,6 +4,7 @@ Writes checkpoint.pt (the whole state, after every epoch), best_model.pt (the mo
 history.jsonl and plots/curves.png into out_dir. `resume=true` continues from checkpoint.pt. The test images are not read.
 """
 
+import shlex
 import statistics
 import sys
 import time
@@ -84,6 +85,8 @@ def main(arguments: list[str]) -> None:
         f"validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}; "
         f"{time.perf_counter() - started:.1f} s; wrote {run.model_path}"
     )
+    words = settings.model_dump(include={"recipe", "out_dir", "data_dir"}, exclude_defaults=True)
+    print("next:", shlex.join(["python", "test.py", *(f"{key}={value}" for key, value in words.items())]))
 
 
 if __name__ == "__main__":
