@@ -23,11 +23,11 @@ AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "rotate": (10, 180, "largest angle, degrees"),
     "shift": (2, 14, "largest translation, whole pixels"),
     "crop": (0.2, 0.9, "largest fraction of the side cut away"),
-    "noise": (10, 255, "deviation of Gaussian noise, grey levels"),
-    "blur": (1, 5, "largest deviation of a Gaussian blur, pixels"),
+    "noise": (10, 255, "standard deviation of Gaussian noise, grey levels"),
+    "blur": (1, 5, "largest standard deviation of a Gaussian blur, pixels"),
     "erase": (0.5, 1, "probability of random erasing"),
     "scene": (0.5, 1, "fraction of garments laid on backgrounds"),
-    "gan": (1, 3, "noise of the generator whose images are added"),
+    "gan": (1, 3, "standard deviation of the noise of added generated images"),
 }
 
 
@@ -88,8 +88,7 @@ def setting(default, description: str, **limits):
 
 Architecture = Literal[
     "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "resnet14_photo", "resnet8_thin",
-    "resnet20", "resnet20_wide", "resnet18", "resnet18_56", "fast_cnn", "fast_cnn_wide",
-    "fast_cnn_deep",
+    "resnet20", "resnet20_wide", "resnet18", "resnet18_56", "fast_cnn", "fast_cnn_wide", "fast_cnn_deep",
 ]  # fmt: skip
 _STRENGTHS = "\n".join(f"{name}:{value}  {unit}; at most {top}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare
@@ -172,12 +171,8 @@ class ModelFileSettings(RecipeSettings):
         """Raises UserError if there is no such file."""
         path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
         if not path.exists():
-            advice = (
-                "name another checkpoint="
-                if self.checkpoint
-                else "train.py with the same settings makes it, or name checkpoint="
-            )
-            raise UserError(f"{path}: there is no such file; {advice}")
+            advice = "name another" if self.checkpoint else "train.py with the same settings makes it, or name"
+            raise UserError(f"{path}: there is no such file; {advice} checkpoint=")
         return path
 
 
@@ -191,7 +186,9 @@ class ModelSettings(BaseModel):
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")
     batch_norm: bool = setting(False, "add batch normalisation; the saved model has it fused")
-    scaling: Literal["standard", "symmetric"] = setting("standard", "pixels are scaled to mean 0 and deviation 1, or to -1..1")
+    scaling: Literal["standard", "symmetric"] = setting(
+        "standard", "pixels: to mean 0 and standard deviation 1, or to -1..1"
+    )
 
 
 class OptimizationSettings(BaseModel):
