@@ -186,9 +186,7 @@ class ModelSettings(BaseModel):
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")
     batch_norm: bool = setting(False, "add batch normalisation; the saved model has it fused")
-    scaling: Literal["standard", "symmetric"] = setting(
-        "standard", "pixels: to mean 0 and standard deviation 1, or to -1..1"
-    )
+    scaling: Literal["standard", "symmetric"] = setting("standard", "pixels: to mean 0 and standard deviation 1, or to -1..1")
 
 
 class OptimizationSettings(BaseModel):
