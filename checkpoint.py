@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import distributed
-from config import FASHION_MNIST, Settings, UserError, resolve
+from config import FASHION_MNIST, ROOT, Settings, UserError, resolve
 
 METADATA = {"architecture", "activation", "output_dim", "class_names", "settings", "versions", "machine", "epoch", "best"}
 _MODEL = {"architecture", "activation", "output_dim", "class_names", "model", "epoch"}
@@ -86,7 +86,10 @@ def load(path: Path, *kinds: str) -> dict:
             warnings.simplefilter("ignore")  # torch's, about foreign files; the error below says what matters
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; python {script} with the same recipe and out_dir makes it") from None
+        name = path.parent.name
+        is_recipe = path.parent.parent == ROOT / "runs" and (ROOT / "recipes" / f"{name}.json").exists()
+        settings = f"recipe={name}" if is_recipe else "with the same recipe and out_dir"
+        raise UserError(f"{path}: there is no such file; python {script} {settings} makes it") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); expected a {kind_here}") from None
     except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code
@@ -119,8 +122,8 @@ def read_history(path: Path) -> tuple[dict, list[dict]]:
 
 
 def best_epoch(epochs: Sequence[dict]) -> dict:
-    """The epoch with the lowest validation loss, whose model is kept."""
-    return min(epochs, key=lambda line: line["valid_loss"])
+    """The epoch whose model is kept: the one with the lowest validation loss, without validation images the last."""
+    return min(epochs, key=lambda line: line["valid_loss"]) if "valid_loss" in epochs[-1] else epochs[-1]
 
 
 def provenance(settings: Settings, device: torch.device, precision: torch.dtype) -> dict:
@@ -170,7 +173,7 @@ def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, 
         is_same = is_same and resolve(split["data"]) == resolve(data)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: doesn't say on which images it was trained; train it again") from None
-    if not is_same:
+    if valid_ratio and not is_same:
         raise UserError(
             f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
             f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or name none, "

@@ -210,7 +210,9 @@ class OptimizationSettings(BaseModel):
 class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSettings):
     """Training"""
 
-    valid_ratio: ValidRatio = 0.1
+    valid_ratio: float = setting(
+        0.1, "fraction of the training images used for validation; 0 = none, and the last epoch's model is kept", ge=0, lt=1
+    )
     patience: int = setting(0, "stop after N epochs without a lower validation loss; 0 = never", ge=0)
     label_smoothing: float = setting(0.0, "probability mass that is spread over all classes", ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = setting("none", "balanced = weigh a class by the inverse of its frequency")
@@ -226,6 +228,13 @@ class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSet
     def _pretrained_exists(self) -> "TrainSettings":
         if self.pretrained and not self.architecture.startswith("resnet18"):
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_validation_images(self) -> "TrainSettings":
+        if not self.valid_ratio and (self.patience or self.schedule == "plateau"):
+            word = f"patience={self.patience}" if self.patience else "schedule=plateau"
+            raise ValueError(f"{word}: needs validation images; use a valid_ratio above 0")
         return self
 
 
@@ -253,6 +262,8 @@ class RunSettings(TrainSettings):
             raise ValueError("folds=1: one fold would leave nothing to train on; use 2 or more")
         if self.folds and self.runs > 1:
             raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
+        if self.runs > 1 and not self.valid_ratio:
+            raise ValueError(f"runs={self.runs}: without validation images there is no best run; use a valid_ratio above 0")
         several = f"folds={self.folds}" if self.folds else f"runs={self.runs}" if self.runs > 1 else ""
         has_generated = "gan" in parse_augment(self.augment)
         if several and (self.teacher or self.finetune or has_generated):

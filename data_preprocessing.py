@@ -202,14 +202,15 @@ def split_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Raises UserError, which calls the ratio `name`, if it leaves either side without an image of some class.
+    Raises UserError, which calls the ratio `name`, if it leaves either side without an image of some class. A ratio of 0 leaves
+    the validation without any.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
     for label in fine_labels.unique():
         members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
         n_valid = round(valid_ratio * len(members))
-        if not 0 < n_valid < len(members):
+        if n_valid == len(members) or (n_valid == 0 and valid_ratio > 0):
             raise UserError(f"{name}={valid_ratio}: would take {n_valid} of a class's {len(members)} images; give it more")
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))

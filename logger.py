@@ -33,21 +33,25 @@ class TensorBoard:
 
     def write(self, line: dict) -> None:
         """Write an epoch's line of history, and what the model predicts after it."""
+        try:
+            for key in (key for key in line if key not in ("epoch", "run")):
+                part, _, quantity = key.rpartition("_")
+                self.writer.add_scalar(f"{quantity}/{part}" if part else key, line[key], line["epoch"])
+            if len(self.trainer.valid_labels):
+                self._write_predictions(line["epoch"])
+            self.writer.flush()
+        except OSError as error:
+            raise self._error(error) from None
+
+    def _write_predictions(self, epoch: int) -> None:
         images, labels = self.trainer.valid_images[:SAMPLES], self.trainer.valid_labels[:SAMPLES].tolist()
         names = self.trainer.metadata()["class_names"]
         probabilities, predicted = infer(self.trainer.eval_model, images, self.trainer.precision).softmax(1).max(1)
         titles = [f"{names[label]}\n{probability:.1%}" for label, probability in zip(predicted.tolist(), probabilities)]
         colours = [plots.GREEN if label == truth else plots.RED for label, truth in zip(predicted.tolist(), labels)]
         path = self.folder / "predictions.png"
-        plots.draw_sheet(images[:, 0].cpu().numpy(), titles, 10, f"After epoch {line['epoch']}", path, colours)
-        try:
-            for key in ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "lr", "seconds"):
-                part, _, quantity = key.rpartition("_")
-                self.writer.add_scalar(f"{quantity}/{part}" if part else key, line[key], line["epoch"])
-            self.writer.add_image("predictions", np.asarray(Image.open(path)), line["epoch"], dataformats="HWC")
-            self.writer.flush()
-        except OSError as error:
-            raise self._error(error) from None
+        plots.draw_sheet(images[:, 0].cpu().numpy(), titles, 10, f"After epoch {epoch}", path, colours)
+        self.writer.add_image("predictions", np.asarray(Image.open(path)), epoch, dataformats="HWC")
 
     def _error(self, error: OSError) -> UserError:
         return UserError(f"{self.folder}: can't be written ({error.strerror}); free some space, or use log=none")

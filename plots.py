@@ -54,7 +54,10 @@ def _draw_by_epoch(axes: Axes, history: list[dict], quantity: str, train_label: 
     for part, colour, label in (("train", ORANGE, train_label), ("valid", BLUE, "validation")):
         by_epoch: dict[int, list[float]] = {}
         for line in history:
-            by_epoch.setdefault(line["epoch"], []).append(line[f"{part}_{quantity}"])
+            if (key := f"{part}_{quantity}") in line:
+                by_epoch.setdefault(line["epoch"], []).append(line[key])
+        if not by_epoch:
+            continue
         values = np.array([values for values in by_epoch.values() if len(values) == len(by_epoch[1])])  # (epochs, runs)
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values.mean(1), "o-" if len(values) < 30 else "-", color=colour, markersize=3, label=label)
@@ -74,7 +77,8 @@ def draw_curves(history_path: Path, path: Path) -> None:
         figure.subplots_adjust(0.09, 0.14, 0.98, 0.9, wspace=0.3)  # a computed layout would draw everything twice
         for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
             _draw_by_epoch(axes, history, quantity, "training" if is_full else "training (hard images)")
-            axes.axvline(best["epoch"], color="0.7", linestyle=":", label=best_label)
+            if "valid_loss" in best:
+                axes.axvline(best["epoch"], color="0.7", linestyle=":", label=best_label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid()
         of = "" if runs == 1 else f" of {runs} {'folds' if settings['folds'] else 'runs'}"

@@ -89,7 +89,7 @@ class Run:
             if log:
                 log(line)
             self.history.append(line)
-            best = checkpoint.best_epoch(self.history) if "valid_loss" in line else line
+            best = checkpoint.best_epoch(self.history)
             common = {**trainer.metadata(), "epoch": line["epoch"], "best": best}
             if best is line:
                 model = trainer.eval_model.state_dict()

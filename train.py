@@ -1,7 +1,8 @@
 """Train a model on Fashion-MNIST: `python train.py [recipe=NAME] [key=value ...]`.
 
-Writes checkpoint.pt (the whole state, after every epoch), best_model.pt (the model with the lowest validation loss),
-history.jsonl and plots/curves.png into out_dir. `resume=true` continues from checkpoint.pt. The test images are not read.
+Writes checkpoint.pt (the whole state, after every epoch), best_model.pt (the model with the lowest validation loss, or
+the last one with valid_ratio=0), history.jsonl and plots/curves.png into out_dir. `resume=true` continues from checkpoint.pt.
+The test images are not read.
 """
 
 import shlex
@@ -62,13 +63,12 @@ def main(arguments: list[str]) -> None:
                 folder = run.out / settings.log / (f"run_{number}" if n_models > 1 else "")
                 log = LOGGERS[settings.log](folder, trainer, len(epochs_of_run(run.history, number))).write
             for line in run.fit(trainer, number, log):
-                is_best = line is checkpoint.best_epoch(run.history)
-                print(
-                    f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
-                    f"valid loss {line['valid_loss']:.5f} accuracy {line['valid_accuracy']:.3%}  {line['seconds']:.1f} s"
-                    + ("  best" if is_best else ""),
-                    flush=True,
-                )
+                text = f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.3%}  "
+                is_best = False
+                if "valid_loss" in line:
+                    text += f"valid loss {line['valid_loss']:.5f} accuracy {line['valid_accuracy']:.3%}  "
+                    is_best = line is checkpoint.best_epoch(run.history)
+                print(f"{text}{line['seconds']:.1f} s{'  best' if is_best else ''}", flush=True)
             if (trained := len(epochs_of_run(run.history, number))) < settings.epochs:
                 print(f"early stopping after epoch {trained}: {settings.patience} epochs without a lower validation loss")
 
@@ -80,11 +80,10 @@ def main(arguments: list[str]) -> None:
         bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, n_models + 1)]
         print_runs(bests, "fold" if settings.folds else "run")
     best = checkpoint.best_epoch(run.history)
-    print(
-        f"best: {'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}, "
-        f"validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}; "
-        f"{time.perf_counter() - started:.1f} s; wrote {run.model_path}"
-    )
+    text = f"{'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}"
+    if "valid_loss" in best:
+        text = f"best: {text}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}"
+    print(f"{text}; {time.perf_counter() - started:.1f} s; wrote {run.model_path}")
     words = settings.model_dump(include={"recipe", "out_dir", "data_dir"}, exclude_defaults=True)
     print("next:", shlex.join(["python", "test.py", *(f"{key}={value}" for key, value in words.items())]))
 

@@ -262,13 +262,16 @@ class Trainer:
         return mean_loss, accuracy
 
     def run_epoch(self, epoch: int, epochs: Sequence[dict]) -> dict:
-        """Train and validate; the epoch's line of history, after the lines `epochs`. Raises UserError, naming the epoch."""
+        """Train, then validate on the validation images, if any; the epoch's line of history, after the lines `epochs`.
+
+        Raises UserError, naming the epoch."""
         started = time.perf_counter()
         try:
-            train_loss, train_accuracy = self.train_epoch(epoch, [line["valid_loss"] for line in epochs])
+            valid_losses = [line["valid_loss"] for line in epochs if "valid_loss" in line]
+            train_loss, train_accuracy = self.train_epoch(epoch, valid_losses)
             if epoch == 1 and self.sampler and self.counts[0] < len(self.train):
                 self.score_unseen(self.sampler)
-            valid_loss, valid_accuracy = self.validate()
+            validation = self.validate() if len(self.valid_labels) else {}
         except ValueError as error:  # of batch normalisation, where one image gives it a single value
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -281,8 +284,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],  # of the last step
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "valid_loss": valid_loss,
-            "valid_accuracy": valid_accuracy,
+            **validation,
         }
 
     def score_unseen(self, sampler: HardExampleSampler) -> None:
@@ -291,12 +293,12 @@ class Trainer:
         logits = self.infer(self.model, self.images[unseen])
         sampler.record(unseen, F.cross_entropy(logits, self.labels[unseen].cpu(), reduction="none"))
 
-    def validate(self) -> tuple[float, float]:
-        """Validation loss and accuracy. Raises UserError if the loss is not finite."""
+    def validate(self) -> dict[str, float]:
+        """Validation loss, in nats, and accuracy, in 0..1. Raises UserError if the loss is not finite."""
         loss, accuracy = loss_and_accuracy(self.infer(self.eval_model, self.valid_images), self.valid_labels)
         if not math.isfinite(loss):
             raise UserError(f"the validation loss is {loss}; a smaller lr may help")
-        return loss, accuracy
+        return {"valid_loss": loss, "valid_accuracy": accuracy}
 
     def infer(self, model: Classifier, images: torch.Tensor) -> torch.Tensor:
         """The logits `(N, C)` of all images; each process computes its shard."""

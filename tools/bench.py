@@ -119,6 +119,8 @@ def copy_images(settings: Settings, folder: str) -> None:
 
 def over_seeds(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
     """Train with seeds 0 to repeats-1: the best epoch's loss and accuracy or, if the part reads them, test images'."""
+    if settings.part == "valid" and not settings.valid_ratio:
+        raise UserError("part=valid: needs validation images; use a valid_ratio above 0")
     for seed in range(settings.repeats):
         seconds = run(*commands["train.py"], f"seed={seed}")
         if settings.part in ("accuracy", "ladder"):
@@ -159,7 +161,10 @@ def ladder(settings: BenchSettings, folder: str, commands: Commands) -> Iterator
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, BenchSettings)
     if settings.part == "photos":
-        return photos.measure(settings.recipe or "photo", settings.photos)
+        run_folder = settings.out_path if settings.recipe or settings.out_dir else ROOT / "runs" / "photo"
+        return photos.measure(run_folder / "best_model.pt", settings.photos)
+    if settings.part == "ladder" and settings.recipe:
+        raise UserError(f"recipe={settings.recipe}: part=ladder measures {', '.join(RUNGS)}; use part=accuracy, or no recipe")
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
     tested = [word for word in words if word.partition("=")[0] in Settings.model_fields]
     rows: list[Row] = []

@@ -114,11 +114,15 @@ def training_figures(contents: dict, history: list[dict], recipe: str, root: str
         rows["Test accuracy of all seeds"] = f"{spread} (n={len(seeds)}); this is seed {settings['seed']}"
     differ = ", ".join(f"{key} {value}" for key, value in read_config(config_path(recipe)).items())
     file, minutes = f"recipes/{recipe}.json" if recipe else "config.json", sum(line["seconds"] for line in history) / 60
-    epoch = f"run {best['run']}, epoch {best['epoch']}" if "run" in best else f"epoch {best['epoch']}"
-    data = f"{1 - settings['valid_ratio']:.0%} of the training images of [Fashion-MNIST]({root}DATA.md)".replace("%", " %")
+    if settings["valid_ratio"]:
+        epoch = f"run {best['run']}, epoch {best['epoch']}" if "run" in best else f"epoch {best['epoch']}"
+        accuracy, loss = percent(best["valid_accuracy"]), f"{best['valid_loss']:.4f}"
+        rows["Validation"] = f"accuracy {accuracy}, loss {loss}: {epoch}, the lowest loss"
+        part, rest = f"{1 - settings['valid_ratio']:.0%}".replace("%", " %"), "the others chose the epoch"
+    else:
+        part, rest = "all", "the last epoch's model"
     return rows | {
-        "Validation": f"accuracy {percent(best['valid_accuracy'])}, loss {best['valid_loss']:.4f}: {epoch}, the lowest loss",
-        "Data": f"{data}; the others chose the epoch",
+        "Data": f"{part} of the training images of [Fashion-MNIST]({root}DATA.md); {rest}",
         "Command": f"`python train.py{f' recipe={recipe}' if recipe else ''} seed={settings['seed']}`, {minutes:.1f} minutes",
         "Settings": f"[{file}]({root}{file}): {differ}",
     }

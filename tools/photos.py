@@ -54,9 +54,11 @@ def print_table(name: str, is_right: np.ndarray, confidence: np.ndarray, groups:
     print(f"  mean probability {confidence.mean():.1%}, accuracy {is_right.mean():.1%}")
 
 
-def measure(recipe: str, folder: str) -> None:
-    """Print the tables and draw the most confident mistakes in plots/photos.png. Raises UserError if there is no photograph."""
-    root = resolve(folder)
+def measure(path: Path, folder: str) -> None:
+    """Print the tables of the model in `path` and draw its most confident mistakes in plots/photos.png.
+
+    Raises UserError if there is no photograph or no model."""
+    root, model_name = resolve(folder), path.parent.name
     names = [path.name for path in sorted(root.glob("*")) if accepted_labels(path.name) or path.name in CLOTHES_ONLY]
     paths = [path for name in names for path in sorted((root / name).iterdir())]
     if not paths:
@@ -70,10 +72,10 @@ def measure(recipe: str, folder: str) -> None:
     groups |= {"without a warning": ~is_warned, "with a warning": is_warned}
     accepted = [accepted_labels(path.parent.name) for path in files]
 
-    task_1, ten = load_model(ROOT / "best_model.pt"), load_model(ROOT / "runs" / recipe / "best_model.pt")
+    task_1, ten = load_model(ROOT / "best_model.pt"), load_model(path)
     own, others = (classify(model, select_views(model, views)) for model in (task_1, ten))
     is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
-    for name, probabilities in (("Task 1", own), (recipe, clothes_or_shoe(others))):
+    for name, probabilities in (("Task 1", own), (model_name, clothes_or_shoe(others))):
         confidence, predicted = probabilities.max(1)
         print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
     probability, predicted = others.max(1)
@@ -81,7 +83,7 @@ def measure(recipe: str, folder: str) -> None:
     is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
     groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}
     groups = {name: members[counts] for name, members in groups.items()}
-    print_table(f"{recipe}, ten classes", is_right[counts], probability[counts].numpy(), groups, refused)
+    print_table(f"{model_name}, ten classes", is_right[counts], probability[counts].numpy(), groups, refused)
     mistakes = sorted(np.flatnonzero(counts & ~is_right), key=lambda i: -probability[i])[:60]
     squares = [np.asarray(Image.fromarray(photographs[i].picture).resize((112, 112))) for i in mistakes]
     titles = [f"{files[i].parent.name}, predicted\n{CLASS_NAMES[predicted[i]]} {probability[i]:.0%}" for i in mistakes]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import plots
-from config import RecipeSettings, TrainSettings, UserError, setting
+from config import RecipeSettings, TrainSettings, UserError, ValidRatio, setting
 from data_preprocessing import load_splits
 from device import choose_device, choose_precision, keep_freed_memory
 from gan.networks import add_generated
@@ -45,6 +45,7 @@ ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 class TuneSettings(TrainSettings):
     """Search"""
 
+    valid_ratio: ValidRatio = 0.1
     trials: int = setting(50, "trials in total, of all workers and calls", ge=1)
 
 

@@ -22,6 +22,12 @@ def test_the_ladder_measures_recipes_beside_ordinary_training(monkeypatch, capsy
     assert all("median" in line and line.endswith("(n=1)") for line in lines)
 
 
+@pytest.mark.parametrize(("word", "of"), [("part=ladder", "recipe=fast"), ("part=valid", "valid_ratio=0")])
+def test_a_part_refuses_what_it_cannot_measure(word, of):
+    with pytest.raises(UserError, match=of if "ladder" in word else "needs validation images"):
+        bench.main([word, of])
+
+
 def test_a_command_that_fails_is_one_clear_error():
     with pytest.raises(UserError, match=r"python -c .* failed: \['no data'\]"):
         bench.run("-c", "raise SystemExit('no data')")

@@ -219,6 +219,12 @@ def test_runs_and_folds_exclude_each_other():
         load_settings(["runs=2", "folds=3"], RunSettings)
 
 
+@pytest.mark.parametrize("word", ["patience=2", "schedule=plateau", "runs=2"])
+def test_what_needs_validation_images_is_refused_without_any(word):
+    with pytest.raises(UserError, match=f"{word}: .*use a valid_ratio above 0"):
+        load_settings(["valid_ratio=0", word], RunSettings)
+
+
 @pytest.mark.parametrize(("text", "strengths"), [("hflip, shift:3", {"hflip": 0.5, "shift": 3.0}), ("", {})])
 def test_augmentations_have_default_strengths(text, strengths):
     assert parse_augment(text) == strengths

@@ -44,6 +44,11 @@ def test_split_that_leaves_a_class_without_images_is_refused(train_data):
         data.split_indices(train_data[1], 0.00001, seed=0)
 
 
+def test_a_ratio_of_0_leaves_every_image_to_the_training(train_data):
+    train, valid = data.split_indices(train_data[1], 0, seed=0)
+    assert len(valid) == 0 and train.sort().values.equal(torch.arange(len(train_data[1])))
+
+
 def test_mean_and_std_are_those_of_the_given_images_only(train_data):
     indices = torch.arange(100, 9_000)
     pixels = train_data[0][indices].double() / 255

@@ -54,6 +54,12 @@ def test_it_does_not_change_the_model(logged, tmp_path):
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
+def test_without_validation_images_it_has_the_training_only(tmp_path):
+    train.main([*WORDS, "log=tensorboard", "epochs=1", "valid_ratio=0", f"out_dir={tmp_path}"])
+    tags = read(tmp_path / "tensorboard").Tags()
+    assert tags["images"] == [] and set(tags["scalars"]) == {"loss/train", "accuracy/train", "lr", "seconds"}
+
+
 def test_of_several_models_each_has_a_log_of_its_own(tmp_path):
     train.main([*WORDS, "log=tensorboard", "epochs=1", "runs=2", f"out_dir={tmp_path}"])
     assert [len(read(tmp_path / "tensorboard" / name).Scalars("loss/valid")) for name in ("run_1", "run_2")] == [1, 1]

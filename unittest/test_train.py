@@ -118,6 +118,34 @@ def test_a_killed_run_resumes_bitwise_identical(kind, whole_runs, tmp_path, monk
     assert are_same_runs(whole_runs(kind), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def unvalidated(tmp_path_factory):
+    """The contents of checkpoint.pt and the folder of a run without validation images."""
+    out = tmp_path_factory.mktemp("unvalidated")
+    return run(out, "valid_ratio=0"), out
+
+
+def test_without_validation_images_the_last_model_is_kept(unvalidated):
+    last, out = unvalidated
+    best = checkpoint.load(out / "best_model.pt", "best_model")
+    assert best["epoch"] == 3 and is_same_model(best, last)
+    assert all(line.keys() == {"epoch", "seconds", "lr", "train_loss", "train_accuracy"} for line in last["history"])
+
+
+def test_without_validation_images_its_curves_are_those_of_training(unvalidated, tmp_path):
+    draw_curves(unvalidated[1] / "history.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_without_validation_images_a_teacher_of_any_split_will_do(uninterrupted, tmp_path):
+    run(tmp_path, f"teacher={uninterrupted[1] / 'best_model.pt'}", "seed=1", "valid_ratio=0", "epochs=1")
+
+
+def test_a_model_that_was_trained_on_all_images_is_no_teacher_where_some_validate(unvalidated, tmp_path):
+    with pytest.raises(UserError, match=r"valid_ratio=0\.0 .* may have seen validation images"):
+        run(tmp_path, f"teacher={unvalidated[1] / 'best_model.pt'}")
+
+
 def interrupt(out, kind, step, number, monkeypatch, capsys):
     """Train until a signal comes in a step; the exit code, the number of steps done, the words of the printed command."""
     original, calls = trainer.learning_rate, []
