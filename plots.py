@@ -49,15 +49,12 @@ def picture(path: Path, size: tuple[float, float], layout: Literal["constrained"
 
 
 def _draw_by_epoch(axes: Axes, history: list[dict], quantity: str, train_label: str = "training") -> None:
-    """Loss or accuracy of training and validation by epoch: the mean over runs, in a band from the lowest to the highest, until
-    the first of them has ended."""
-    for part, colour, label in (("train", ORANGE, train_label), ("valid", BLUE, "validation")):
+    """Loss or accuracy of training and validation by epoch: the runs' mean, in a band of their range, until the first ends."""
+    parts = (("train", ORANGE, train_label), ("valid", BLUE, "validation"))
+    for part, colour, label in parts if "valid_loss" in history[0] else parts[:1]:
         by_epoch: dict[int, list[float]] = {}
         for line in history:
-            if (key := f"{part}_{quantity}") in line:
-                by_epoch.setdefault(line["epoch"], []).append(line[key])
-        if not by_epoch:
-            continue
+            by_epoch.setdefault(line["epoch"], []).append(line[f"{part}_{quantity}"])
         values = np.array([values for values in by_epoch.values() if len(values) == len(by_epoch[1])])  # (epochs, runs)
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values.mean(1), "o-" if len(values) < 30 else "-", color=colour, markersize=3, label=label)
@@ -71,14 +68,14 @@ def draw_curves(history_path: Path, path: Path) -> None:
     runs = settings["folds"] or settings["runs"]
     is_full = settings["first_epoch_fraction"] == settings["hard_fraction"] == 1
     best = best_epoch(history)
-    best_label = f"best (run {best['run']}, epoch {best['epoch']})" if runs > 1 else f"best (epoch {best['epoch']})"
+    run = f"run {best['run']}, " if runs > 1 else ""
+    label = f"{'best' if 'valid_loss' in best else 'last'} ({run}epoch {best['epoch']})"
     with picture(path, (9, 3.6), layout=None) as figure:
         loss, accuracy = figure.subplots(1, 2)
         figure.subplots_adjust(0.09, 0.14, 0.98, 0.9, wspace=0.3)  # a computed layout would draw everything twice
         for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
             _draw_by_epoch(axes, history, quantity, "training" if is_full else "training (hard images)")
-            if "valid_loss" in best:
-                axes.axvline(best["epoch"], color="0.7", linestyle=":", label=best_label)
+            axes.axvline(best["epoch"], color="0.7", linestyle=":", label=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid()
         of = "" if runs == 1 else f" of {runs} {'folds' if settings['folds'] else 'runs'}"
@@ -146,8 +143,7 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path
 def draw_sheet(
     images: np.ndarray, titles: Sequence[str], columns: int, heading: str, path: Path, colours: Sequence[str] | None = None
 ) -> None:
-    """Images `(M, 28, 28)`, grey 0..255, up to MAX_IN_SHEET, in rows of `columns`, each under its title, in its colour
-    if there are any."""
+    """Images `(M, 28, 28)`, grey 0..255, up to MAX_IN_SHEET, in rows of `columns`, each under its title, perhaps coloured."""
     if len(images) > MAX_IN_SHEET:
         images, heading = images[:MAX_IN_SHEET], f"{heading} (the first {MAX_IN_SHEET} are shown)"
     columns = min(max(len(images), 1), columns)

@@ -80,9 +80,10 @@ def main(arguments: list[str]) -> None:
         bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, n_models + 1)]
         print_runs(bests, "fold" if settings.folds else "run")
     best = checkpoint.best_epoch(run.history)
-    text = f"{'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}"
+    epoch = f"{'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}"
+    text = f"last: {epoch}"
     if "valid_loss" in best:
-        text = f"best: {text}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}"
+        text = f"best: {epoch}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}"
     print(f"{text}; {time.perf_counter() - started:.1f} s; wrote {run.model_path}")
     words = settings.model_dump(include={"recipe", "out_dir", "data_dir"}, exclude_defaults=True)
     print("next:", shlex.join(["python", "test.py", *(f"{key}={value}" for key, value in words.items())]))
