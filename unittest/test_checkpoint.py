@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import checkpoint
-from config import UserError
+from config import ROOT, UserError
 from layers import add_batch_norm
 from model import build_model, load_model
 
@@ -118,6 +118,11 @@ def test_a_file_of_an_older_version_is_refused_in_one_line(contents, tmp_path):
     with pytest.raises(UserError, match=r"best_model\.pt: is no .* file of this version of the project") as refused:
         load_model(path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_recipes_missing_model_is_refused_with_the_command_that_makes_it():
+    with pytest.raises(UserError, match=r"no such file; python train\.py recipe=fast makes it"):
+        checkpoint.load(ROOT / "runs" / "fast" / "absent.pt", "best_model")
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -19,7 +19,7 @@ import data_preprocessing
 import train
 import trainer
 from augmentation import FUNCTIONS
-from config import ROOT, RunSettings, UserError
+from config import ROOT, RunSettings, UserError, config_path, read_config
 from data_preprocessing import split_indices, task_labels
 from interrupts import lock_folder
 from layers import add_batch_norm, fuse_batch_norm
@@ -500,7 +500,9 @@ def test_every_setting_changes_the_trained_features(words, features_of):
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.json")))
 def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
-    train.main([f"recipe={recipe}", "epochs=1", "limit=200", "valid_ratio=0.005", "runs=1", f"out_dir={tmp_path}"])
+    words = [] if read_config(config_path(recipe)).get("valid_ratio") == 0 else ["valid_ratio=0.005"]
+    words += ["teacher="] if recipe == "resnet20" else []  # its teacher is too large to be part of the repository
+    train.main([f"recipe={recipe}", "epochs=1", "limit=200", *words, "runs=1", f"out_dir={tmp_path}"])
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
