@@ -210,7 +210,7 @@ def split_indices(
     for label in fine_labels.unique():
         members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
         n_valid = round(valid_ratio * len(members))
-        if n_valid == len(members) or (n_valid == 0 and valid_ratio > 0):
+        if valid_ratio and not 0 < n_valid < len(members):
             raise UserError(f"{name}={valid_ratio}: would take {n_valid} of a class's {len(members)} images; give it more")
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))

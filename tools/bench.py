@@ -5,7 +5,7 @@
     part=valid     validation accuracy over seeds 0 to N-1, each with its own split; for choosing settings
     part=accuracy  test accuracy over seeds 0 to N-1, and seconds of training (reads the test images N times)
     part=ladder    the same of the recipes in RUNGS, beside two models trained with DataLoader; draws plots/ladder.png
-    part=photos    accuracy of Task 1 and of the recipe (photo) on the photographs in photos=FOLDER, by class (tools/photos.py)
+    part=photos    accuracy, on the photographs in photos=FOLDER, of Task 1 and of the model in out_dir or recipe= (photo)
 
 Prints a row of figures per repeat, then each figure's mean, median and range. Sides that are compared alternate, each in a
 fresh process. Leave the machine alone meanwhile.
