@@ -37,6 +37,19 @@ class StandardizedConv2d(nn.Conv2d):
         return super().forward(F.instance_norm(x, eps=0.02))  # an image of one grey stays nearly black
 
 
+def conv3x3(channels: int, output_channels: int, stride: int = 1) -> nn.Module:
+    return nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False)
+
+
+def separable_conv3x3(channels: int, output_channels: int, stride: int = 1) -> nn.Module:
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels: an eighth of the parameters, or
+    less. Chollet 2017, arXiv 1610.02357."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False),
+        nn.Conv2d(channels, output_channels, 1, bias=False),
+    )
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes. He et al. 2016,
     arXiv 1512.03385, section 3.2 and option B."""
@@ -44,10 +57,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, output_channels: int, stride: int):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False),
+            conv3x3(channels, output_channels, stride),
             nn.BatchNorm2d(output_channels),
             nn.ReLU(inplace=True),
-            nn.Conv2d(output_channels, output_channels, 3, padding=1, bias=False),
+            conv3x3(output_channels, output_channels),
             nn.BatchNorm2d(output_channels),
         )
         self.shortcut = nn.Sequential()
@@ -64,14 +77,14 @@ class PreActivationBlock(nn.Module):
     """Two 3x3 convolutions, each after batch normalisation and ReLU, beside a shortcut, which is a 1x1 convolution of the
     activated input where the shape changes. He et al. 2016, arXiv 1603.05027, section 4."""
 
-    def __init__(self, channels: int, output_channels: int, stride: int):
+    def __init__(self, channels: int, output_channels: int, stride: int, convolution: Callable[..., nn.Module] = conv3x3):
         super().__init__()
         self.activation = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         self.residual = nn.Sequential(
-            nn.Conv2d(channels, output_channels, 3, stride, padding=1, bias=False),
+            convolution(channels, output_channels, stride),
             nn.BatchNorm2d(output_channels),
             nn.ReLU(inplace=True),
-            nn.Conv2d(output_channels, output_channels, 3, padding=1, bias=False),
+            convolution(output_channels, output_channels),
         )
         self.shortcut = None
         if stride > 1 or channels != output_channels:

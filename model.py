@@ -17,7 +17,8 @@ applies to each.
 | deep_cnn, deep_cnn_dropout | 243,786, 225,034 | System 2, versions A and B |
 | compact_cnn | 98,442 | System 4 |
 | resnet8, resnet14, resnet14_photo | 77,754, 99,418, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
-| resnet8_thin, resnet20, resnet20_wide | 19,146, 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
+| resnet20, resnet20_wide | 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
+| separable14, separable14_thin | 95,146, 19,026 | the same, convolutions separable: Chollet 2017, arXiv 1610.02357 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | fast_cnn, fast_cnn_wide, fast_cnn_deep | 29,178, 95,034, 279,738 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
@@ -39,7 +40,9 @@ from layers import (
     StandardizedConv2d,
     WhitenedConv2d,
     add_batch_norm,
+    conv3x3,
     fuse_batch_norm,
+    separable_conv3x3,
 )
 
 
@@ -156,12 +159,15 @@ def _resnet(output_dim: int, *stages: tuple[int, ...], first: type[nn.Conv2d] = 
     return Classifier(nn.Sequential(*layers), channels, output_dim)
 
 
-def _preactivation_resnet(output_dim: int, channels: tuple[int, int, int], blocks: int) -> Classifier:
-    """A 3x3 convolution, then three stages: stage i has `blocks` pre-activation blocks with `channels[i]` channels. The side
-    halves from one stage to the next: 28, 14, 7."""
-    layers: list[nn.Module] = [nn.Conv2d(1, channels[0], 3, padding=1, bias=False)]
+def _preactivation_resnet(
+    output_dim: int, channels: tuple[int, int, int], blocks: int, convolution: Callable[..., nn.Module] = conv3x3
+) -> Classifier:
+    """A 3x3 convolution, then three stages: stage i has `blocks` pre-activation blocks of two such convolutions, with
+    `channels[i]` channels. The side halves from one stage to the next: 28, 14, 7."""
+    layers: list[nn.Module] = [conv3x3(1, channels[0])]
     for before, after, stride in zip((channels[0], *channels), channels, (1, 2, 2)):
-        layers += [PreActivationBlock(before, after, stride), *(PreActivationBlock(after, after, 1) for _ in range(blocks - 1))]
+        layers.append(PreActivationBlock(before, after, stride, convolution))
+        layers += [PreActivationBlock(after, after, 1, convolution) for _ in range(blocks - 1)]
     layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 7, 7) -> (N, channels)
     return Classifier(nn.Sequential(*layers), channels[-1], output_dim)
@@ -208,7 +214,8 @@ ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     "resnet8": lambda n: _resnet(n, (16,), (32,), (64,)),
     "resnet14": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40)),  # 40: at most 100,000 parameters
     "resnet14_photo": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40), first=StandardizedConv2d),
-    "resnet8_thin": lambda n: _preactivation_resnet(n, (16, 16, 24), blocks=1),  # at most 20,000 parameters
+    "separable14": lambda n: _preactivation_resnet(n, (56, 80, 96), blocks=2, convolution=separable_conv3x3),
+    "separable14_thin": lambda n: _preactivation_resnet(n, (24, 32, 40), blocks=2, convolution=separable_conv3x3),
     "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
     "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
     "fast_cnn": lambda n: _fast_cnn(n, (32,), (64,)),

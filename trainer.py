@@ -23,7 +23,7 @@ from augmentation import augment
 from config import TrainSettings, UserError, parse_augment, resolve
 from data_preprocessing import Split, mean_and_std, shuffle
 from device import autocast, capture, move
-from distillation import load_teacher
+from distillation import Teacher, load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
 from model import Classifier, build_model, load_imagenet_weights
 from optimizer import build_optimizer, learning_rate, set_lr
@@ -59,26 +59,31 @@ class Criterion(nn.Module):
 
     Cross-entropy with label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7), distillation (Hinton et al. 2015,
     arXiv 1503.02531, section 2) and the loss of an auxiliary head on the same features, with `fine_classes` outputs.
-    `class_weights`, `(C,)`, weigh the classes in the cross-entropy.
+    `class_weights`, `(C,)`, weigh the classes in the cross-entropy; `teacher` is one of `distillation.load_teacher`.
     """
 
     class_weights: torch.Tensor | None
 
     def __init__(
-        self, model: Classifier, settings: TrainSettings, fine_classes: int, class_weights: torch.Tensor | None = None
+        self,
+        model: Classifier,
+        settings: TrainSettings,
+        fine_classes: int,
+        class_weights: torch.Tensor | None = None,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.teacher = model, settings, teacher
         has_head = settings.aux_loss_weight > 0
         self.aux_head = nn.Linear(model.classifier.in_features, fine_classes) if has_head else None
         self.register_buffer("class_weights", class_weights)
 
     def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, teacher_logits: torch.Tensor | None = None
+        self, images: torch.Tensor, labels: torch.Tensor, fine_labels: torch.Tensor, indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`.
 
-        `images` are uint8 `(N, 1, 28, 28)`, labels int64 `(N,)`, `teacher_logits` float32 `(N, C)`.
+        `images` are uint8 `(N, 1, 28, 28)`, labels int64 `(N,)`; `indices`, int64 `(N,)`, are the images', for the teacher.
         """
         features = self.model.forward_features(images)
         logits = self.model.classifier(features)
@@ -89,8 +94,8 @@ class Criterion(nn.Module):
             loss = F.cross_entropy(logits, labels, self.class_weights, reduction="none", label_smoothing=smoothing).mean()
         elif smoothing:
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        if teacher_logits is not None:
-            targets = (teacher_logits / TEMPERATURE).softmax(1)
+        if self.teacher:
+            targets = (self.teacher(images, indices).float() / TEMPERATURE).softmax(1)
             distillation = F.cross_entropy(logits / TEMPERATURE, targets) * TEMPERATURE**2
             loss = self.settings.distill_weight * distillation + (1 - self.settings.distill_weight) * loss
         if self.aux_head is not None:
@@ -207,22 +212,22 @@ class Trainer:
         self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
         counts = self.labels[train].bincount(minlength=classes).clamp(1)
         class_weights = len(train) / (classes * counts) if settings.class_weights == "balanced" else None  # mean over images: 1
-        self.criterion = Criterion(self.model, settings, int(self.fine_labels.max()) + 1, class_weights).to(self.device)
+        teacher = load_teacher(settings, seed, data) if settings.teacher else None
+        fine_classes = int(self.fine_labels.max()) + 1
+        self.criterion = Criterion(self.model, settings, fine_classes, class_weights, teacher).to(self.device)
         self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
         if distributed.rank():
             torch.manual_seed(seed + distributed.rank())  # dropout differs between processes
         trainable = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(settings, trainable)
-        self.teacher = load_teacher(settings, seed, data) if settings.teacher else None
         if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size:
             first = train[:smallest]
-            logits = [torch.zeros(smallest, classes, device=self.device)] if self.teacher else []
-            capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], *logits), precision)
+            capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], first), precision)
 
     def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> tuple[float, float]:
         """Train on the epoch's batches; mean cross-entropy, in nats, and accuracy of its images while they were trained on.
 
-        `valid_losses`: of the epochs before. Raises UserError, before the parameters change, on a loss that is not finite.
+        `valid_losses`: of the epochs before. Raises UserError on a loss that is not finite, at most 20 batches later.
         """
         self.ddp_criterion.train()
         count = self.counts[epoch - 1]
@@ -237,10 +242,7 @@ class Trainer:
             images = distributed.shard(images)
             shard = distributed.shard(indices)
             with autocast(self.device, self.precision):
-                teacher_logits = [self.teacher(images, shard).float()] if self.teacher else []
-                loss, results = self.ddp_criterion(images, self.labels[shard], self.fine_labels[shard], *teacher_logits)
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} in batch {step - first_step + 1}; a smaller lr may help")
+                loss, results = self.ddp_criterion(images, self.labels[shard], self.fine_labels[shard], shard)
             # the mean of the processes' gradients is that of the whole batch, also if their shards differ by an image
             (loss * (distributed.world_size() * len(shard) / len(indices))).backward()
             set_lr(self.optimizer, learning_rate(self.settings, step / all_steps, valid_losses))
@@ -254,11 +256,13 @@ class Trainer:
                 self.sampler.record(indices[:known], results[:known, 0])
             seen += len(indices)
             sums += results.sum(0)
-            if step % 20 == 0:
+            done = step - first_step + 1
+            if done % 20 == 1 or done == len(bar):  # not after every batch: a GPU waits while a result is read
                 mean_loss, accuracy = (sums / seen).tolist()
+                if not math.isfinite(mean_loss):
+                    raise UserError(f"the loss is {mean_loss} by batch {done}; a smaller lr may help")
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}")
             interrupts.check()
-        mean_loss, accuracy = (sums / seen).tolist()
         return mean_loss, accuracy
 
     def run_epoch(self, epoch: int, epochs: Sequence[dict]) -> dict:

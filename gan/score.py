@@ -34,7 +34,7 @@ class ScoreSettings(Settings):
 
     out_dir: str = setting("runs/gan", "folder with generator.pt, for everything that a run writes", min_length=1)
     noise_std: float = setting(1.0, "standard deviation of the noise; below 1, less varied", gt=0, le=3)
-    classifier: str = setting("runs/tiny_best/best_model.pt", "the model that classifies the samples")
+    classifier: str = setting("runs/resnet14/best_model.pt", "the model that classifies the samples")
 
 
 def accuracy_after_training(split: Split, settings: ScoreSettings) -> float:

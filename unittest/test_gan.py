@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_the_class_decides_what_the_same_noise_becomes():
     generator, _ = load_generator(ROOT / "runs" / "gan" / "generator.pt")
     noise, classes = fixed_noise(10)
-    logits = infer(load_model(ROOT / "runs" / "tiny_best" / "best_model.pt"), generate(generator, classes, noise))
+    logits = infer(load_model(ROOT / "runs" / "resnet14" / "best_model.pt"), generate(generator, classes, noise))
     assert (logits.argmax(1) == classes.argmax(1)).sum() >= 90  # of 100
 
 

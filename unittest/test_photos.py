@@ -36,10 +36,10 @@ def folder(tmp_path, train_data):
 def test_known_images_are_classified_and_counted(folder, monkeypatch, capsys):
     monkeypatch.setattr(photos.plots, "draw_sheet", lambda *_: None)
     (folder / "shoes" / "broken.png").write_text("no image")
-    bench.main(["part=photos", "recipe=tiny_best", f"photos={folder}"])
+    bench.main(["part=photos", "recipe=resnet14", f"photos={folder}"])
     printed = capsys.readouterr()
     assert "Task 1, clothes or shoe: all 96.8% (n=31)" in printed.out  # 30 of 31: the broken one counts as wrong
-    assert "tiny_best, ten classes: all 95.2% (n=21)" in printed.out and "trouser 100.0% (n=10)" in printed.out  # no skirts
+    assert "resnet14, ten classes: all 95.2% (n=21)" in printed.out and "trouser 100.0% (n=10)" in printed.out  # no skirts
     assert printed.err.startswith(f"{folder / 'shoes' / 'broken.png'}: ")
 
 

@@ -411,7 +411,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_best_model(tmp_pat
         return cross_entropy(*arguments, **keywords) * float("nan")
 
     monkeypatch.setattr(trainer.F, "cross_entropy", exploding)
-    with pytest.raises(UserError, match=r"epoch 3: the loss is nan in batch 1"):
+    with pytest.raises(UserError, match=r"epoch 3: the loss is nan by batch 1;"):
         run(tmp_path, "epochs=3", "resume=true")
     assert (tmp_path / "best_model.pt").read_bytes() == before
 

@@ -179,7 +179,8 @@ def test_class_weights_are_torchs_without_its_division_by_their_sum(smoothing, b
 def test_the_gradient_of_distillation_pulls_softened_probabilities_to_the_teachers(weight, batch):
     criterion = build_criterion(distill_weight=weight)
     teacher_logits = torch.randn(64, 2, generator=seeded())
-    criterion(*batch, teacher_logits)[0].backward()
+    criterion.teacher = lambda _, indices: teacher_logits[indices]
+    criterion(*batch, torch.arange(64))[0].backward()
     logits = criterion.model(batch[0]).detach()
     to_teacher = TEMPERATURE * ((logits / TEMPERATURE).softmax(1) - (teacher_logits / TEMPERATURE).softmax(1))
     to_labels = logits.softmax(1) - F.one_hot(batch[1], 2)
@@ -240,7 +241,7 @@ def test_the_losses_of_an_epochs_images_are_recorded(dataset):
 
 def test_without_extras_there_is_no_ema_sampler_or_auxiliary_head(dataset):
     trainer = build_trainer(dataset)
-    assert (trainer.ema, trainer.sampler, trainer.criterion.aux_head, trainer.teacher) == (None,) * 4
+    assert (trainer.ema, trainer.sampler, trainer.criterion.aux_head, trainer.criterion.teacher) == (None,) * 4
     state = trainer.state_dict()
     assert (state["ema"], state["sampler"], state["aux_head"]) == (None,) * 3
 
