@@ -31,7 +31,7 @@ from photo import read_photograph
 from predict import load_for_photographs
 from script import import_extra, load_settings, run_script
 from transfer.shoe_images import load_shoes, make_part
-from transfer.train_eval import TransferSettings, learn_classes
+from transfer.train_eval import TransferSettings, beside_photo, learn_classes
 from views import classify, clothes_or_shoe, select_views
 
 MAX_CLASSES = 6
@@ -82,7 +82,7 @@ class Page:
         self.folder = folder
         self.model, _ = load_for_photographs(settings)
         self.teach_settings = TransferSettings(data_dir=settings.data_dir, seed=settings.seed)
-        self.frozen = freeze(load_model(resolve(self.teach_settings.checkpoint)))
+        self.frozen = freeze(beside_photo(load_model(resolve(self.teach_settings.checkpoint))))
         self.garments = save_examples(load_images("train", settings.data_path)[0][EXAMPLES], folder, "garment")
         shoes = load_shoes(("train", "pool"), settings.data_path)
         self.supports = save_examples(shoes["train"].images, folder, "support")

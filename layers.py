@@ -1,7 +1,7 @@
 """Layers that torch.nn lacks, and batch normalisation that is fused into the weights for inference."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -93,6 +93,17 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         activated = self.activation(x)
         return self.residual(activated).add_(x if self.shortcut is None else self.shortcut(activated))
+
+
+class Concatenation(nn.Module):
+    """The features `(N, D)` of several networks, side by side, each multiplied by its scale."""
+
+    def __init__(self, networks: Sequence[nn.Module], scales: Sequence[float]):
+        super().__init__()
+        self.networks, self.scales = nn.ModuleList(networks), scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network(x) * scale for network, scale in zip(self.networks, self.scales)], 1)
 
 
 class ConvBN(nn.Sequential):

@@ -20,6 +20,7 @@ applies to each.
 | resnet20, resnet20_wide | 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | separable14, separable14_thin | 95,146, 19,026 | the same, convolutions separable: Chollet 2017, arXiv 1610.02357 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
+| cnn_photo | 128,346 | cnn's features and resnet14_photo's, for photographs of new classes (transfer/) |
 | fast_cnn, fast_cnn_wide, fast_cnn_deep | 29,178, 95,034, 279,738 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
 """
 
@@ -34,6 +35,7 @@ from torch import nn
 import checkpoint
 from config import UserError
 from layers import (
+    Concatenation,
     PreActivationBlock,
     ResidualBlock,
     SomeModel,
@@ -209,8 +211,17 @@ def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
     return Classifier(nn.Sequential(*layers), channels * 3 * 3, output_dim)
 
 
+def cnn_photo(output_dim: int) -> Classifier:
+    """The features of Task 1's network, which keep positions, beside `photo`'s, which know backgrounds and are ten times
+    smaller."""
+    networks = [ARCHITECTURES[name](1) for name in ("cnn", "resnet14_photo")]
+    features = Concatenation([network.features for network in networks], scales=(1.0, 10.0))
+    return Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
+
+
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     **{function.__name__: function for function in (cnn, mlp, deep_cnn, deep_cnn_dropout, compact_cnn, resnet18, resnet18_56)},
+    "cnn_photo": cnn_photo,
     "resnet8": lambda n: _resnet(n, (16,), (32,), (64,)),
     "resnet14": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40)),  # 40: at most 100,000 parameters
     "resnet14_photo": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40), first=StandardizedConv2d),

@@ -28,7 +28,7 @@ from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
+from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, Source, similar_class
 from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
 
 UNLABELLED = 1_500  # training images, used without their labels
@@ -45,6 +45,21 @@ class TransferSettings(Settings):
     episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
     query: Literal["test", "pool"] = setting("test", "test on test/ and extended/, or on the rest of pool/, to choose settings")
     checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
+
+
+def beside_photo(model: Classifier) -> Classifier:
+    """Task 1's model, which knows garments on black only, with its features beside those of the recipe `photo`, for
+    photographs of new classes. Another model is returned as it is. Raises UserError if `photo`'s is missing."""
+    metadata = model.metadata
+    if metadata["architecture"] != "cnn" or training_settings(metadata)["data"] != FASHION_MNIST:
+        return model
+    path = resolve("runs/photo/best_model.pt")
+    both = build_model("cnn_photo", 1, activation=metadata["activation"])  # its last layer is to be learned
+    both.set_statistics(model.mean.item(), model.std.item(), torch.zeros(0))
+    for number, source in enumerate((model, load_model(path))):
+        checkpoint.load_parameters(both.get_submodule(f"features.0.networks.{number}"), source.features.state_dict(), path)
+    both.metadata = {**metadata, "architecture": "cnn_photo"}
+    return both
 
 
 def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
@@ -74,13 +89,13 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
-    first = model.classifier if metadata["output_dim"] == classes else untrained.classifier
+    first = model.classifier if model.classifier.out_features == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
     fisher = FisherLearner(trained_features, *common)
     adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
     return {
-        OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam),
+        OURS: fisher,
         REFERENCE: adam,
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
@@ -221,6 +236,8 @@ def main(arguments: list[str]) -> None:
     if (out / "checkpoint.pt").exists():
         raise UserError(f"{out}: holds a training, whose best_model.pt would be overwritten; name another out_dir")
     model = load_model(resolve(settings.checkpoint))
+    if settings.shoes_dir and "checkpoint" not in settings.model_fields_set:
+        model = beside_photo(model)
     before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
     episodes = Episodes(settings, model.metadata)

@@ -30,6 +30,7 @@ PARAMETERS = {
     "resnet8": 77_754,
     "resnet14": 99_418,
     "resnet14_photo": 99_418,
+    "cnn_photo": 128_346,
     "separable14": 95_146,
     "separable14_thin": 19_026,
     "resnet20": 271_994,

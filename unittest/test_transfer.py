@@ -160,21 +160,6 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
         assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
 
 
-def test_the_mean_learner_gives_the_references_logits_twice_the_weight(train_data):
-    fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
-    adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
-    mean, images = few_shot.MeanLearner(fisher, adam), train_data[0][:4]
-    features = fisher.unlabelled * fisher.length + fisher.mean
-    logits = []
-    for learner in (mean, fisher, adam):
-        fisher.generator.manual_seed(0)  # the same distorted copies
-        weights, biases = learner.fit(learner.embed(images).view(1, 2, 2, -1))
-        logits.append(features @ weights[0].T + biases[0])
-    margins = [each[:, 0] - each[:, 1] for each in logits]
-    expected = (margins[1] + 2 * margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 3
-    assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
-
-
 def test_supports_are_of_their_class_and_drawn_without_replacement():
     picks = shoe_images.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
     assert picks.shape == (50, 2, 4)
@@ -193,16 +178,27 @@ def test_supports_do_not_count_as_queries():
     assert train_eval.accuracies(features, labels, layers, torch.tensor([[[1], [2]]])) == [1.0]
 
 
-def test_the_saved_model_has_task_1s_features_bitwise(out, task1):
+def test_the_saved_model_has_the_features_of_task_1_and_of_photo_bitwise(out, task1):
     saved = checkpoint.load(out / "best_model.pt", "best_model")["model"]
-    same = {name: tensor.equal(task1["model"][name]) for name, tensor in saved.items() if not name.startswith("classifier")}
-    assert len(same) == 6 and all(same.values())  # mean and std, weights and biases of two convolutions
+    photo = checkpoint.load(ROOT / "runs" / "photo" / "best_model.pt", "best_model")
+    for number, source in enumerate((task1["model"], photo["model"])):
+        features = {name.removeprefix("features."): tensor for name, tensor in source.items() if name.startswith("features")}
+        assert all(saved[f"features.0.networks.{number}.{name}"].equal(tensor) for name, tensor in features.items())
+    assert all(saved[name].equal(task1["model"][name]) for name in ("mean", "std"))
 
 
 def test_the_saved_model_has_a_last_layer_of_the_new_classes(out):
     model = load_model(out / "best_model.pt")
-    assert model.classifier.weight.shape == (3, 1568)
+    assert model.classifier.weight.shape == (3, 1568 + 40)
     assert model.metadata["class_names"] == ["Bag", "Sneaker", "Trouser"]
+
+
+def test_photos_features_times_ten_are_beside_task_1s(train_data):
+    task1, photo = load_model(ROOT / "checkpoint.pt"), load_model(ROOT / "runs" / "photo" / "best_model.pt")
+    features = infer(train_eval.beside_photo(task1), train_data[0][:20], features=True)
+    assert features[:, :1568].equal(infer(task1, train_data[0][:20], features=True))
+    expected = infer(photo, train_data[0][:20], features=True)
+    assert torch.allclose(features[:, 1568:], 10 * expected, atol=0.05)  # photo's own mean and std differ in the fourth digit
 
 
 def test_a_frozen_tensor_that_changed_is_reported(task1):
@@ -242,10 +238,10 @@ def test_one_episode_draws_its_supports_and_predictions(out):
 
 @pytest.fixture(scope="module")
 def episodes(own_shoes, tmp_path_factory):
-    """The folders of two calls with the same seed."""
+    """The folders of two calls with the same seed. Task 1's features alone: with photo's beside them nothing is wrong."""
     outs = [tmp_path_factory.mktemp("episodes") for _ in range(2)]
     for out in outs:
-        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}", "shots=2", "episodes=20"])
+        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}", "shots=2", "episodes=20", "checkpoint=checkpoint.pt"])
     return outs
 
 
