@@ -42,8 +42,8 @@ def conv3x3(channels: int, output_channels: int, stride: int = 1) -> nn.Module:
 
 
 def separable_conv3x3(channels: int, output_channels: int, stride: int = 1) -> nn.Module:
-    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels: an eighth of the parameters, or
-    less. Chollet 2017, arXiv 1610.02357."""
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels: about a seventh of the parameters.
+    Chollet 2017, arXiv 1610.02357."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False),
         nn.Conv2d(channels, output_channels, 1, bias=False),

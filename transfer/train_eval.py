@@ -92,11 +92,9 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
-    fisher = FisherLearner(trained_features, *common)
-    adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
     return {
-        OURS: fisher,
-        REFERENCE: adam,
+        OURS: FisherLearner(trained_features, *common),
+        REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
     }
