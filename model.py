@@ -225,8 +225,8 @@ ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     "resnet8": lambda n: _resnet(n, (16,), (32,), (64,)),
     "resnet14": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40)),  # 40: at most 100,000 parameters
     "resnet14_photo": lambda n: _resnet(n, (16, 16), (32, 32), (40, 40), first=StandardizedConv2d),
-    "separable14": lambda n: _preactivation_resnet(n, (56, 80, 96), blocks=2, convolution=separable_conv3x3),
-    "separable14_thin": lambda n: _preactivation_resnet(n, (24, 32, 40), blocks=2, convolution=separable_conv3x3),
+    "separable14": lambda n: _preactivation_resnet(n, (56, 80, 96), 2, separable_conv3x3),  # at most 100,000 parameters
+    "separable14_thin": lambda n: _preactivation_resnet(n, (24, 32, 40), 2, separable_conv3x3),  # at most 20,000 parameters
     "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
     "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
     "fast_cnn": lambda n: _fast_cnn(n, (32,), (64,)),

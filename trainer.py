@@ -259,8 +259,9 @@ class Trainer:
             done = step - first_step + 1
             if done % 20 == 1 or done == len(bar):  # not after every batch: a GPU waits while a result is read
                 mean_loss, accuracy = (sums / seen).tolist()
-                if not math.isfinite(mean_loss):
-                    raise UserError(f"the loss is {mean_loss} by batch {done}; a smaller lr may help")
+                known = mean_loss + loss.item()  # the mean cross-entropy, and all terms of the last batch's loss
+                if not math.isfinite(known):
+                    raise UserError(f"the loss is {known} by batch {done}; a smaller lr may help")
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}")
             interrupts.check()
         return mean_loss, accuracy

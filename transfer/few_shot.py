@@ -19,7 +19,8 @@ SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 VIEWS = 32  # distorted copies of each support image
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
-RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.3, photographs from elsewhere at 1.0 to 2.4
+REFERENCE_WEIGHT = 2  # of AdamLearner's logits, FisherLearner's having 1; chosen on photographs of five kinds
+RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.3, photographs from elsewhere at 1.1 to 3.7
 
 
 class Source(NamedTuple):
@@ -137,3 +138,29 @@ class AdamLearner:
             (F.cross_entropy(logits, labels, reduction="sum") / (classes * shots)).backward()  # each episode's mean loss
             optimizer.step()
         return weights.detach(), biases.detach()
+
+
+class MeanLearner:
+    """The weighted mean of both learners' logits, for photographs: the two fail on different ones.
+
+    The reference's logits are scaled to the same standard deviation as Fisher's over the unlabelled images.
+    """
+
+    def __init__(self, fisher: FisherLearner, adam: AdamLearner):
+        self.fisher, self.adam, self.extract = fisher, adam, fisher.extract
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.fisher.embed(images), self.adam.embed(images)], 1)  # (N, 2 * D)
+
+    def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As FisherLearner's, from supports `(E, C, K, 2 * D)`."""
+        own, others = supports.chunk(2, 3)
+        layers = [self.fisher.fit(own), self.adam.fit(others)]
+        features = self.fisher.unlabelled * self.fisher.length + self.fisher.mean  # (U, D), raw but for their length
+        spreads = []
+        for weights, biases in layers:
+            logits = torch.einsum("ud,ecd->euc", features, weights) + biases.unsqueeze(1)
+            spreads.append((logits - logits.mean(2, keepdim=True)).flatten(1).std(1).view(-1, 1))  # (E, 1)
+        (weights, biases), (other_weights, other_biases) = layers
+        ratio, total = REFERENCE_WEIGHT * spreads[0] / spreads[1], 1 + REFERENCE_WEIGHT
+        return (weights + ratio.unsqueeze(2) * other_weights) / total, (biases + ratio * other_biases) / total

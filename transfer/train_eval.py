@@ -1,4 +1,4 @@
-"""Task 2: classify flats and heels, or the classes of your own photographs, with Task 1's convolutions frozen.
+"""Task 2: classify flats and heels, or the classes of your own photographs, with trained convolutions frozen.
 
 `python transfer/train_eval.py [shots=K episodes=N] [shoes_dir=FOLDER] [key=value ...]` retrains the last layer on the images
 in FOLDER/train/CLASS, tests it on FOLDER/test/CLASS, and writes best_model.pt, scores.json and plots/*.png into out_dir.
@@ -28,7 +28,7 @@ from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, Source, similar_class
+from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
 from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
 
 UNLABELLED = 1_500  # training images, used without their labels
@@ -44,7 +44,9 @@ class TransferSettings(Settings):
     shots: int = setting(0, "support images per class; 0 = as many as the smallest folder in train/ has", ge=0)
     episodes: int = setting(1, "N > 1: N random draws from pool/ (train/ without one)", ge=1, le=10_000)
     query: Literal["test", "pool"] = setting("test", "test on test/ and extended/, or on the rest of pool/, to choose settings")
-    checkpoint: str = setting("checkpoint.pt", "the frozen features: a checkpoint.pt (the last epoch's) or a best_model.pt")
+    checkpoint: str = setting(
+        "checkpoint.pt", "the frozen features: a checkpoint.pt or a best_model.pt; with shoes_dir, if not named, also photo's"
+    )
 
 
 def beside_photo(model: Classifier) -> Classifier:
@@ -92,9 +94,11 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
+    fisher = FisherLearner(trained_features, *common)
+    adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
     return {
-        OURS: FisherLearner(trained_features, *common),
-        REFERENCE: AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001),
+        OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam),
+        REFERENCE: adam,
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
     }

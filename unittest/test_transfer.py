@@ -160,6 +160,21 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
         assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
 
 
+def test_the_mean_learner_gives_the_references_logits_twice_the_weight(train_data):
+    fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
+    adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
+    mean, images = few_shot.MeanLearner(fisher, adam), train_data[0][:4]
+    features = fisher.unlabelled * fisher.length + fisher.mean
+    logits = []
+    for learner in (mean, fisher, adam):
+        fisher.generator.manual_seed(0)  # the same distorted copies
+        weights, biases = learner.fit(learner.embed(images).view(1, 2, 2, -1))
+        logits.append(features @ weights[0].T + biases[0])
+    margins = [each[:, 0] - each[:, 1] for each in logits]
+    expected = (margins[1] + 2 * margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 3
+    assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
+
+
 def test_supports_are_of_their_class_and_drawn_without_replacement():
     picks = shoe_images.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
     assert picks.shape == (50, 2, 4)
