@@ -276,7 +276,8 @@ def test_help_has_the_recipes_values_types_and_ranges(root, capsys):
     assert any(re.fullmatch(r"epochs=2 \* +epochs \(int, >= 1, <= 100000\)", line) for line in lines)
 
 
-def test_help_of_training_fits_two_screens(capsys):
+def test_help_of_training_fits_two_screens(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     lines = help_lines([], RunSettings, capsys)
     assert len(lines) <= 100 and max(map(len, lines)) <= 100
 

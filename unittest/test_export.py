@@ -28,7 +28,7 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["resnet14_photo", "resnet18_56"])  # instance normalisation, resizing
+@pytest.mark.parametrize("architecture", ["separable14_photo", "resnet18_56"])  # instance normalisation, resizing
 @torch.inference_mode()
 def test_it_gives_the_models_probabilities_for_any_number_of_images(architecture, train_data):
     torch.manual_seed(0)

@@ -13,7 +13,9 @@ import checkpoint
 import data_preprocessing
 import predict
 import test as test_script
-from config import UserError
+import views as views_module
+from config import ROOT, UserError
+from data_preprocessing import CLASS_NAMES
 from model import load_model
 from photo import CHROMA, CUT_BY_COLOUR, DISTANCE, WHOLE, open_image, prepare, to_fashion_mnist, to_lab
 from trainer import infer
@@ -258,9 +260,20 @@ def test_a_photograph_with_one_view_has_that_views_probability(out):
 
 def test_shoes_are_three_of_the_ten_classes():
     ten = torch.zeros(2, 10)
-    ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.1, 0.2, 0.6])  # odds of 2 to 3, which become 1 to 1
+    ten[0, [5, 7, 9, 8]] = torch.tensor([0.1, 0.1, 0.2, 0.6])
     ten[1, 9] = 1
-    assert torch.allclose(clothes_or_shoe(ten), torch.tensor([[0.5, 0.5], [0, 1]]))
+    assert torch.allclose(clothes_or_shoe(ten), torch.tensor([[0.6, 0.4], [0, 1]]))
+
+
+def test_a_model_that_reads_scenes_weighs_the_classes_of_a_photograph_only(monkeypatch):
+    model, views = load_model(ROOT / "runs/photo/best_model.pt"), torch.from_numpy(np.stack(prepare(busy())[0]))
+    image = views[:1].expand(5, 28, 28)  # as of an image of the data set
+    assert torch.allclose(classify(model, image.unsqueeze(0)), infer(model, image[:1].unsqueeze(1)).softmax(1), atol=1e-6)
+    weighed, odds, sharpness = classify(model, views.unsqueeze(0))[0], views_module.ODDS, views_module.SHARPNESS
+    monkeypatch.setattr(views_module, "ODDS", {})
+    monkeypatch.setattr(views_module, "SHARPNESS", 1)
+    factors = weighed ** (1 / sharpness) / classify(model, views.unsqueeze(0))[0]
+    assert torch.allclose(factors / factors[0], torch.tensor([odds.get(name, 1) for name in CLASS_NAMES]))
 
 
 @pytest.fixture
