@@ -1,8 +1,6 @@
-"""Device, precision and memory of the arithmetic."""
+"""Device and precision of the arithmetic."""
 
 import copy
-import ctypes
-import sys
 
 import torch
 from torch import nn
@@ -60,16 +58,3 @@ def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], precision: torc
 def move(model: SomeModel, device: torch.device) -> SomeModel:
     """The model on the device. Apple's GPUs have no float64: there, the buffers `mean` and `std` become float32."""
     return (model.float() if device.type == "mps" else model).to(device)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory for the next allocation of that size instead of returning it to the system.
-
-    Every step allocates the same activations again, and the system would hand them out page by page, filled with zeros,
-    which took half of the training time. Does nothing without glibc.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes: below it, memory comes from the heap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes: a shorter free end of the heap is kept

@@ -17,7 +17,6 @@ import plots
 from augmentation import augment
 from config import Augment, DataSettings, RecipeSettings, ValidRatio, parse_augment
 from data_preprocessing import Dataset, as_task, load_data, split_indices
-from device import keep_freed_memory
 from metrics import nearest
 from script import load_settings, run_script
 
@@ -82,7 +81,6 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ExploreSettings)
     print("settings:", settings)
     folder = settings.out_path / "plots"
-    keep_freed_memory()
     data, test = (load_data(split, settings.data_path, settings.model_dump()) for split in ("train", "test"))
     train, valid = split_indices(data.labels, settings.valid_ratio, settings.seed)
     train = train[: settings.limit or None]

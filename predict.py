@@ -23,7 +23,7 @@ import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
 from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
-from device import choose_device, keep_freed_memory, move
+from device import choose_device, move
 from model import Classifier, load_model
 from occlusion import occlusion_maps
 from photo import printable, read_photographs
@@ -116,7 +116,6 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(words, PredictSettings)
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
-    keep_freed_memory()
     if paths:
         model, is_photo = load_for_photographs(settings)
         return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)

@@ -17,7 +17,7 @@ import checkpoint
 import distributed
 from config import RunSettings
 from data_preprocessing import load_splits
-from device import choose_device, choose_precision, keep_freed_memory
+from device import choose_device, choose_precision
 from gan.networks import add_generated
 from model import print_summary
 from run import Run, epochs_of_run
@@ -40,7 +40,6 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, RunSettings)
     device = distributed.init(choose_device(settings.device))
     precision = choose_precision(settings.precision, device)
-    keep_freed_memory()
     n_models = settings.folds or settings.runs
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), n_models)
     print("settings:", settings)

@@ -16,7 +16,7 @@ import checkpoint
 import plots
 from config import Settings, TrainSettings, UserError, resolve, setting
 from data_preprocessing import CLASS_NAMES, Split, load_data, split_indices
-from device import choose_device, choose_precision, keep_freed_memory, move
+from device import choose_device, choose_precision, move
 from gan.networks import CLASSES, draw, load_generator
 from metrics import mean_distance, nearest
 from model import load_model
@@ -52,7 +52,6 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ScoreSettings)
     print("settings:", settings)
     out, path, device = settings.out_path, resolve(settings.classifier), choose_device(settings.device)
-    keep_freed_memory()
     generator, generator_settings = load_generator(out / "generator.pt")
     classifier = move(load_model(path), device)
     if tuple(classifier.metadata["class_names"]) != CLASS_NAMES:

@@ -21,7 +21,7 @@ import interrupts
 import plots
 from config import OptimizationSettings, Settings, UserError, ValidRatio, setting
 from data_preprocessing import CLASS_NAMES, Split, load_splits, shuffle
-from device import autocast, choose_device, choose_precision, keep_freed_memory
+from device import autocast, choose_device, choose_precision
 from gan.networks import NOISE_DIM, Discriminator, Generator, fixed_noise, generate, one_hot
 from model import count_parameters
 from optimizer import build_optimizer, learning_rate, set_lr
@@ -147,7 +147,6 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, GanSettings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
-    keep_freed_memory()
     print("settings:", settings)
     split = load_splits(settings, device)[0]
     run = Run(GanTrainer, settings, arguments, checkpoint.machine(device, precision))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import checkpoint
 from config import ModelFileSettings
 from data_preprocessing import load_data, training_settings
-from device import choose_device, choose_precision, keep_freed_memory, move
+from device import choose_device, choose_precision, move
 from model import load_model
 from script import load_settings, run_script
 from trainer import infer
@@ -27,7 +27,6 @@ def main(arguments: list[str]) -> None:
     print("settings:", settings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
-    keep_freed_memory()
     teacher = move(load_model(settings.model_path), device)
     images = load_data("train", settings.data_path, training_settings(teacher.metadata, settings)).images
     teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])

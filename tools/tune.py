@@ -23,7 +23,7 @@ import checkpoint
 import plots
 from config import RecipeSettings, TrainSettings, UserError, ValidRatio, setting
 from data_preprocessing import load_splits
-from device import choose_device, choose_precision, keep_freed_memory
+from device import choose_device, choose_precision
 from gan.networks import add_generated
 from run import is_done
 from script import load_settings, run_script
@@ -97,7 +97,6 @@ def main(arguments: list[str]) -> None:
     # the words that all workers of these trials must share
     shared = sorted(word for word in words if word.partition("=")[0] not in ("data_dir", "device"))
     device = choose_device(settings.device)
-    keep_freed_memory()
     split = load_splits(settings, device)[0]
 
     def objective(trial: optuna.Trial) -> float:

@@ -83,7 +83,9 @@ def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: Trans
     return (mixed, PHOTOGRAPHS) if label is None else (images[by_class[label]], DATA_SET)
 
 
-def build_learners(model: Classifier, classes: int, supports: torch.Tensor, settings: TransferSettings) -> dict:
+def build_learners(
+    model: Classifier, classes: int, supports: torch.Tensor, settings: TransferSettings, *, only_ours: bool = False
+) -> dict:
     """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
     unlabelled, source = choose_unlabelled(model, supports, settings)
     torch.manual_seed(settings.seed)
@@ -96,8 +98,11 @@ def build_learners(model: Classifier, classes: int, supports: torch.Tensor, sett
     common = (unlabelled, source, settings.seed)
     fisher = FisherLearner(trained_features, *common)
     adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
+    ours = {OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam)}
+    if only_ours:
+        return ours
     return {
-        OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam),
+        **ours,
         REFERENCE: adam,
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
@@ -203,7 +208,7 @@ def replace_last_layer(
 def learn_classes(model: Classifier, part: Part, settings: TransferSettings) -> Classifier:
     """A copy of the frozen model whose last layer is learned, our way, from `settings.shots` images of each of the part's
     classes; 0 is as many as the smallest class has."""
-    learner = build_learners(model, len(part.classes), part.images, settings)[OURS]
+    learner = build_learners(model, len(part.classes), part.images, settings, only_ours=True)[OURS]
     picks = draw_picks(part.counts, settings.shots or min(part.counts), 1, None)
     layers = learner.fit(learner.embed(part.images)[picks])
     return replace_last_layer(copy.deepcopy(model), layers, part.classes, settings)
