@@ -6,8 +6,10 @@ import torch
 from config import Settings
 from data_preprocessing import CLASS_NAMES, Dataset, load_images
 from model import build_model
+from script import keep_freed_memory
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bitwise on the CPU, also by the processes that tests start
+keep_freed_memory()  # as in a script: most tests call its main(), not run_script
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,15 @@ def own_shoes(train_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(own_shoes, tmp_path_factory):
+def few_unlabelled():
+    """Images without labels are for the accuracy; a tenth of them is enough to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_eval, "UNLABELLED", 150)
+        yield
+
+
+@pytest.fixture(scope="module")
+def out(own_shoes, few_unlabelled, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={out}"])
     return out
@@ -252,7 +260,7 @@ def test_one_episode_draws_its_supports_and_predictions(out):
 
 
 @pytest.fixture(scope="module")
-def episodes(own_shoes, tmp_path_factory):
+def episodes(own_shoes, few_unlabelled, tmp_path_factory):
     """The folders of two calls with the same seed. Task 1's features alone: with photo's beside them nothing is wrong."""
     outs = [tmp_path_factory.mktemp("episodes") for _ in range(2)]
     for out in outs:
