@@ -18,7 +18,7 @@ applies to each.
 | compact_cnn | 98,442 | System 4 |
 | resnet8, resnet14 | 77,754, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
 | resnet20, resnet20_wide | 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
-| separable14, separable14_photo, separable14_thin | 95,146, 95,146, 19,026 | the same; Chollet 2017, arXiv 1610.02357 |
+| separable14, separable14_photo, separable14_thin | 95,146, 95,146, 19,026 | separable: Chollet 2017, arXiv 1610.02357 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | cnn_photo | 124,074 | cnn's features and separable14_photo's, for photographs of new classes (transfer/) |
 | fast_cnn, fast_cnn_wide, fast_cnn_deep | 29,178, 95,034, 279,738 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
@@ -216,8 +216,8 @@ def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
 
 
 def cnn_photo(output_dim: int) -> Classifier:
-    """The features of Task 1's network, which keep positions, beside `photo`'s, which know backgrounds: scaled, they
-    are twice as long."""
+    """The features of Task 1's network, which keep positions, beside `photo`'s, which know backgrounds and are scaled
+    to twice the length."""
     networks = [ARCHITECTURES[name](1) for name in ("cnn", "separable14_photo")]
     features = Concatenation([network.features for network in networks], scales=(1.0, 6.0))
     return Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)

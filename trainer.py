@@ -42,7 +42,7 @@ def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, f
     device = next(model.parameters()).device
     forward = model.forward_features if features else model
     outputs = []
-    batches = images.split(200)  # larger ones are no faster and need more memory
+    batches = images.split(200)  # on a CPU, larger ones are no faster and need more memory
     for batch in tqdm(batches, "inference", delay=1, disable=None, leave=False):
         with autocast(device, precision):
             outputs.append(forward(batch.to(device)).float().cpu())

@@ -20,7 +20,7 @@ GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dar
 VIEWS = 32  # distorted copies of each support image
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
 REFERENCE_WEIGHT = 2  # of AdamLearner's logits, FisherLearner's having 1; chosen on photographs of five kinds
-RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.3, photographs from elsewhere at 1.1 to 3.7
+RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.2 to 0.3, photographs from elsewhere at 1.4 to 3.4
 
 
 class Source(NamedTuple):

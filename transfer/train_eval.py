@@ -86,7 +86,8 @@ def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: Trans
 def build_learners(
     model: Classifier, classes: int, supports: torch.Tensor, settings: TransferSettings, *, only_ours: bool = False
 ) -> dict:
-    """The learners of the last layer by name: ours, and three that show what it and the transfer contribute."""
+    """The learners of the last layer by name: ours and, unless `only_ours`, three that show what it and the
+    transfer contribute."""
     unlabelled, source = choose_unlabelled(model, supports, settings)
     torch.manual_seed(settings.seed)
     metadata = model.metadata
@@ -98,11 +99,11 @@ def build_learners(
     common = (unlabelled, source, settings.seed)
     fisher = FisherLearner(trained_features, *common)
     adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
-    ours = {OURS: fisher if source is DATA_SET else MeanLearner(fisher, adam)}
+    ours = fisher if source is DATA_SET else MeanLearner(fisher, adam)
     if only_ours:
-        return ours
+        return {OURS: ours}
     return {
-        **ours,
+        OURS: ours,
         REFERENCE: adam,
         UNTRAINED: FisherLearner(untrained_features, *common),
         PIXELS: FisherLearner(lambda images: images.float().mean(1).flatten(1) / 255, *common),
