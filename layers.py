@@ -97,14 +97,23 @@ class PreActivationBlock(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """The features `(N, D)` of several networks, side by side, each multiplied by its scale."""
+    """The features `(N, D)` of several networks, side by side, each multiplied by its scale.
 
-    def __init__(self, networks: Sequence[nn.Module], scales: Sequence[float]):
+    Of images with several views, `(N, V, 28, 28)`, each network reads as many of the first as `views` says, one by one, and
+    its features are their mean.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], scales: Sequence[float], views: Sequence[int]):
         super().__init__()
-        self.networks, self.scales = nn.ModuleList(networks), scales
+        self.networks, self.scales, self.views = nn.ModuleList(networks), scales, views
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([network(x) * scale for network, scale in zip(self.networks, self.scales)], 1)
+        features = []
+        for network, scale, count in zip(self.networks, self.scales, self.views):
+            some = x[:, :count]
+            rows = network(some.flatten(0, 1).unsqueeze(1))  # (N * V, D)
+            features.append(scale * rows.unflatten(0, some.shape[:2]).mean(1))
+        return torch.cat(features, 1)
 
 
 class ConvBN(nn.Sequential):

@@ -53,6 +53,7 @@ class Classifier(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
+    reads_all_views = False  # of a photograph at once, `(N, V, 28, 28)`
 
     def __init__(self, features: nn.Sequential, feature_dim: int, output_dim: int):
         super().__init__()
@@ -216,11 +217,13 @@ def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
 
 
 def cnn_photo(output_dim: int) -> Classifier:
-    """The features of Task 1's network, which keep positions, beside `photo`'s, which know backgrounds and are scaled
-    to twice the length."""
+    """The features of Task 1's network, which keep positions, of a photograph's cut-outs, beside `photo`'s, which know
+    backgrounds and are scaled to twice the length, of all its views."""
     networks = [ARCHITECTURES[name](1) for name in ("cnn", "separable14_photo")]
-    features = Concatenation([network.features for network in networks], scales=(1.0, 6.0))
-    return Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
+    features = Concatenation([network.features for network in networks], scales=(1.0, 6.0), views=(2, 5))
+    model = Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
+    model.reads_all_views = True
+    return model
 
 
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {

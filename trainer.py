@@ -34,7 +34,8 @@ TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al
 
 @torch.inference_mode()
 def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, features: bool = False) -> torch.Tensor:
-    """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)` on any device.
+    """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)`, or of all
+    views `(N, V, 28, 28)` for a model that reads them at once, on any device.
 
     A terminal sees a progress bar if it takes longer than a second.
     """
@@ -42,7 +43,7 @@ def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, f
     device = next(model.parameters()).device
     forward = model.forward_features if features else model
     outputs = []
-    batches = images.split(200)  # on a CPU, larger ones are no faster and need more memory
+    batches = images.split(max(1, 200 // images.shape[1]))  # on a CPU, larger ones are no faster and need more memory
     for batch in tqdm(batches, "inference", delay=1, disable=None, leave=False):
         with autocast(device, precision):
             outputs.append(forward(batch.to(device)).float().cpu())

@@ -29,15 +29,23 @@ def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
         return views
     if training_settings(model.metadata)["data"] != FASHION_MNIST:
         return views[:, [CUT_OUT]]  # as it was trained
-    return face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
+    cut_outs = face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
+    return torch.cat([cut_outs, views[:, WHOLE:]], 1) if model.reads_all_views else cut_outs
+
+
+def infer_views(model: Classifier, views: torch.Tensor, *, features: bool = False) -> torch.Tensor:
+    """Logits `(N, V, C)`, or features `(N, V, D)`, of each view, uint8 `(N, V, 28, 28)`; `(N, 1, ...)` of a model that reads
+    all views at once."""
+    if model.reads_all_views:
+        return infer(model, views, features=features).unsqueeze(1)
+    return infer(model, views.flatten(0, 1).unsqueeze(1), features=features).unflatten(0, views.shape[:2])
 
 
 def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     """Probabilities `(N, C)` of photographs with views, uint8 `(N, V, 28, 28)`: the mean of the views' softened probabilities,
     sharpened again, and weighed by ODDS if the model was trained on scenes. Of equal views, they are a single one's: an image
     of the data set is no photograph."""
-    logits = infer(model, views.flatten(0, 1).unsqueeze(1)).unflatten(0, views.shape[:2])  # (N, V, C)
-    probabilities = (logits / TEMPERATURE).softmax(2).mean(1) ** TEMPERATURE
+    probabilities = (infer_views(model, views) / TEMPERATURE).softmax(2).mean(1) ** TEMPERATURE
     names = model.metadata["class_names"]
     if reads_scenes(model) and tuple(names) == CLASS_NAMES:
         odds = torch.tensor([ODDS.get(name, 1.0) for name in names])

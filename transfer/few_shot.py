@@ -17,7 +17,6 @@ Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, V, 28, 28) 
 
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
-VIEWS = 32  # distorted copies of each support image
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
 REFERENCE_WEIGHT = 2  # of AdamLearner's logits, FisherLearner's having 1; chosen on photographs of five kinds
 RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.2 to 0.3, photographs from elsewhere at 1.4 to 3.4
@@ -31,11 +30,12 @@ class Source(NamedTuple):
     size: float  # natural logarithm, either way
     hflip: float  # probability
     rounds: int  # of soft k-means over the unlabelled images
+    copies: int  # distorted, of each support image
     sharpness: float  # inverse temperature of the discriminants, calibrated
 
 
-DATA_SET = Source(stretch=0.4, tilt=0, size=0, hflip=0, rounds=3, sharpness=300)  # chosen on the pool
-PHOTOGRAPHS = Source(stretch=0.2, tilt=8, size=0.2, hflip=0.5, rounds=0, sharpness=75)  # chosen on photographs of all kinds
+DATA_SET = Source(stretch=0.4, tilt=0, size=0, hflip=0, rounds=3, copies=32, sharpness=300)  # chosen on the pool
+PHOTOGRAPHS = Source(stretch=0.2, tilt=8, size=0.2, hflip=0.5, rounds=0, copies=8, sharpness=75)  # chosen on photographs
 
 
 def distort(images: torch.Tensor, source: Source, generator: torch.Generator) -> torch.Tensor:
@@ -91,7 +91,7 @@ class FisherLearner:
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """The input of `fit` from support images: `(N, D)`, the mean features of each one's distorted copies."""
-        copies = [images, *(distort(images, self.source, self.generator) for _ in range(VIEWS))]
+        copies = [images, *(distort(images, self.source, self.generator) for _ in range(self.source.copies))]
         return torch.stack([self._normalize(self.extract(copy)) for copy in copies]).mean(0)
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,9 @@ import torch
 
 from config import FASHION_MNIST, ROOT, UserError
 from data_preprocessing import load_images, read_class_folders, training_settings
-from photo import WHOLE, printable, read_photograph, read_view
-from views import face_left
+from model import Classifier
+from photo import printable, read_photograph, read_view
+from views import select_views
 
 
 class Part(NamedTuple):
@@ -43,24 +44,23 @@ def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
     return shoes
 
 
-def read_part(folder: Path, metadata: dict) -> Part:
-    """Photographs in CLASS/*, as `read_class_folders` reads them, with the views that a model with this metadata can read."""
-    trained = training_settings(metadata)
-    knows_garments = trained["data"] == FASHION_MNIST  # and reads them cut out in two ways, from one side
+def read_part(folder: Path, model: Classifier) -> Part:
+    """Photographs in CLASS/*, as `read_class_folders` reads them, with the views that the model can read."""
+    trained = training_settings(model.metadata)
 
     def read(path: Path) -> torch.Tensor:  # (V, 28, 28)
-        return read_photograph(path).views[:WHOLE] if knows_garments else read_view(path, trained["prepare"]).unsqueeze(0)
+        is_garment = trained["data"] == FASHION_MNIST  # else one view does
+        return read_photograph(path).views if is_garment else read_view(path, trained["prepare"]).unsqueeze(0)
 
     classes = read_class_folders(folder, read)
-    images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
-    if knows_garments:
-        images = face_left(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    return make_part(list(classes), [[path.stem for path in files] for files in classes.values()], images)
+    views = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
+    names = [[path.stem for path in files] for files in classes.values()]
+    return make_part(list(classes), names, select_views(model, views))
 
 
-def read_parts(folder: Path, names: tuple[str, ...], metadata: dict) -> dict[str, Part]:
+def read_parts(folder: Path, names: tuple[str, ...], model: Classifier) -> dict[str, Part]:
     """The named parts that exist. Raises UserError if one of the first two is missing, or their classes differ."""
-    parts = {name: read_part(folder / name, metadata) for name in names if name in names[:2] or (folder / name).is_dir()}
+    parts = {name: read_part(folder / name, model) for name in names if name in names[:2] or (folder / name).is_dir()}
     classes = parts["train"].classes
     for name, part in parts.items():
         if part.classes != classes:

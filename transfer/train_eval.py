@@ -27,9 +27,9 @@ from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
-from trainer import infer
 from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
 from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
+from views import infer_views
 
 UNLABELLED = 1_500  # training images, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
@@ -66,7 +66,7 @@ def beside_photo(model: Classifier) -> Classifier:
 
 def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     """Features `(N, D)` of images, uint8 `(N, V, 28, 28)`: the mean over their views."""
-    return infer(model, images.flatten(0, 1).unsqueeze(1), features=True).unflatten(0, images.shape[:2]).mean(1)
+    return infer_views(model, images, features=True).mean(1)
 
 
 def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
@@ -123,15 +123,15 @@ def check_frozen(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 class Episodes:
     """The images of all episodes: supports in `drawn`, queries in `images` and `labels`, the saved model's supports in `kept`.
 
-    `metadata` is the model's. Raises UserError if a class has fewer images than shots, or if none is left to test on."""
+    `model` is to read them. Raises UserError if a class has fewer images than shots, or if none is left to test on."""
 
-    def __init__(self, settings: TransferSettings, metadata: dict):
-        if not settings.shoes_dir and (data := training_settings(metadata)["data"]) != FASHION_MNIST:
+    def __init__(self, settings: TransferSettings, model: Classifier):
+        if not settings.shoes_dir and (data := training_settings(model.metadata)["data"]) != FASHION_MNIST:
             raise UserError(f"{settings.checkpoint}: was trained on data={data}, which has no shoes; name shoes_dir=FOLDER")
         choosing = settings.query == "pool"  # settings: the test images are not even read
         names = ("train", "pool") if choosing else ("train", "test", "pool", "extended")
         folder = resolve(settings.shoes_dir or "transfer/shoes")
-        self.parts = read_parts(folder, names, metadata) if settings.shoes_dir else load_shoes(names, settings.data_path)
+        self.parts = read_parts(folder, names, model) if settings.shoes_dir else load_shoes(names, settings.data_path)
         self.classes, counts = self.parts["train"].classes, self.parts["train"].counts
         self.count, self.seed, self.shots = settings.episodes, settings.seed, settings.shots or min(counts)
         self.is_random = choosing or settings.episodes > 1
@@ -200,7 +200,7 @@ def replace_last_layer(
     model.classifier.load_state_dict({"weight": weights[0], "bias": biases[0]})
     metadata = {key: model.metadata[key] for key in ("architecture", "activation", "epoch")}
     trained = training_settings(model.metadata)  # as whose images predict.py prepares others
-    all_settings = {"data": trained["data"], "prepare": trained["prepare"], **settings.model_dump()}
+    all_settings = {key: trained[key] for key in ("data", "prepare", "augment")} | settings.model_dump()
     metadata |= {"output_dim": len(classes), "class_names": list(classes), "settings": all_settings}
     model.metadata = metadata | {"versions": checkpoint.versions()}
     return model
@@ -248,7 +248,7 @@ def main(arguments: list[str]) -> None:
         model = beside_photo(model)
     before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
-    episodes = Episodes(settings, model.metadata)
+    episodes = Episodes(settings, model)
     learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
     print(f"{settings.episodes} x {episodes.shots} images per class; accuracy on {episodes.tested} images")

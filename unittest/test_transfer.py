@@ -224,6 +224,14 @@ def test_photos_features_times_six_are_beside_task_1s(train_data):
     assert torch.allclose(features[:, 1568:], 6 * expected, atol=0.05)  # photo's own mean and std differ in the fourth digit
 
 
+def test_beside_photo_task_1_reads_the_cut_outs_and_photo_all_views(train_data):
+    model, views = train_eval.beside_photo(load_model(ROOT / "checkpoint.pt")), train_data[0][:10].view(2, 5, 28, 28)
+    each = infer(model, views.flatten(0, 1).unsqueeze(1), features=True).view(2, 5, -1)
+    features = train_eval.extract(model, views)
+    assert torch.allclose(features[:, :1568], each[:, :2, :1568].mean(1), atol=1e-4)
+    assert torch.allclose(features[:, 1568:], each[:, :, 1568:].mean(1), atol=1e-4)
+
+
 def test_a_frozen_tensor_that_changed_is_reported(task1):
     model = load_model(ROOT / "checkpoint.pt")
     freeze(model.features)
@@ -249,8 +257,9 @@ def test_a_recipes_model_can_be_the_frozen_one(own_shoes, tmp_path):
 
 def test_own_classes_are_learned_and_the_scores_agree_with_the_saved_model(out, own_shoes):
     scores = json.loads((out / "scores.json").read_text())
-    test = shoe_images.read_part(own_shoes / "test", {})
-    logits = infer(load_model(out / "best_model.pt"), test.images[:, :1])  # its views are the same: it is on black already
+    model = load_model(out / "best_model.pt")
+    test = shoe_images.read_part(own_shoes / "test", model)
+    logits = infer(model, test.images[:, :1])  # its views are the same: it is on black already
     assert scores["test_images"] == 15 and scores["shots"] == 4 and scores["episodes"] == 1
     assert scores["accuracy_mean"] == (logits.argmax(1) == test.labels).double().mean().item() >= 0.8
 
@@ -298,7 +307,7 @@ def test_inside_its_own_folder_settings_are_chosen_on_the_pool_without_a_file_wr
 
 def test_nine_unlabelled_flats_to_one_heel_cost_two_points_at_most(train_data):
     model, boots = load_model(ROOT / "checkpoint.pt"), train_data[0][train_data[1] == 9]
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=100), model.metadata)
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=100), model)
     distances = torch.cdist(boots.flatten(1).float(), episodes.pool.images.flatten(1).float())
     is_heel = episodes.pool.labels[distances.argmin(1)].bool()  # as the nearest image of the pool
     unlabelled = {"as they come": boots[:600], "nine to one": torch.cat([boots[~is_heel][:540], boots[is_heel][:60]])}
@@ -309,7 +318,9 @@ def test_nine_unlabelled_flats_to_one_heel_cost_two_points_at_most(train_data):
 
 
 def test_supports_from_the_pool_are_no_queries(train_data):
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=10), {})
+    episodes = train_eval.Episodes(
+        train_eval.TransferSettings(query="pool", shots=2, episodes=10), load_model(ROOT / "checkpoint.pt")
+    )
     rows = episodes.run({"pixels": pixel_learner(train_data[0][:100], few_shot.PHOTOGRAPHS)})["pixels"][2]
     right = np.array(rows) * 113  # of 117 images, four are supports
     assert right == pytest.approx(right.round()) and len(rows) == 10
@@ -318,7 +329,7 @@ def test_supports_from_the_pool_are_no_queries(train_data):
 def test_choosing_settings_reads_no_test_image(monkeypatch, tmp_path):
     load_images = shoe_images.load_images
     monkeypatch.setattr(shoe_images, "load_images", lambda split, path: load_images({"train": "train"}[split], path))
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2), {})
+    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2), load_model(ROOT / "checkpoint.pt"))
     assert episodes.parts.keys() == {"train", "pool"}
 
 
@@ -379,7 +390,7 @@ def test_a_stray_file_is_passed_over_with_one_line(name, own_shoes, tmp_path, ca
         shutil.copy(next((folder / "Bag").iterdir()), path)
     else:
         path.write_bytes(b"no image")
-    part = shoe_images.read_part(folder, {})
+    part = shoe_images.read_part(folder, load_model(ROOT / "checkpoint.pt"))
     assert part.counts == (5, 5, 5)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{path}: ")
