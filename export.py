@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 
 import checkpoint
 from config import ModelFileSettings
-from data_preprocessing import load_test_data
+from data_preprocessing import load_data, training_settings
 from model import Classifier, load_model
 from script import import_extra, load_settings, run_script
 from trainer import infer
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ModelFileSettings)
     onnxruntime = import_extra("onnxruntime")
     model = load_model(settings.model_path)
-    images = load_test_data(model.metadata, settings).images[:1000]
+    images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000]
     contents = to_onnx(model)
     session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
     pixels, singles = images.numpy(), images[:100, None].numpy()  # (1000, 1, 28, 28), (100, 1, 1, 28, 28)

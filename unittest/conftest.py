@@ -1,8 +1,10 @@
+import functools
 import os
 
 import pytest
 import torch
 
+import data_preprocessing
 from config import Settings
 from data_preprocessing import CLASS_NAMES, Dataset, load_images
 from model import build_model
@@ -10,6 +12,7 @@ from script import keep_freed_memory
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bitwise on the CPU, also by the processes that tests start
 keep_freed_memory()  # as in a script: most tests call its main(), not run_script
+data_preprocessing.find_idx = functools.cache(data_preprocessing.find_idx)  # unpacked and verified once, not 300 times
 
 
 @pytest.fixture(scope="session")

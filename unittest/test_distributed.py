@@ -63,18 +63,20 @@ def losses_in_double(words: str) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The losses of IN_DOUBLE in one process and in two, and the folder of RESUMED in two without a disturbance."""
-    folder = tmp_path_factory.mktemp("two")
+    """The losses of IN_DOUBLE in one process and in two; the folders of RESUMED in two, without a disturbance and with a
+    worker that is killed; what the latter printed."""
+    folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
     words = [str(folder / "losses.json"), IN_DOUBLE, f"{RESUMED} out_dir={folder}"]
-    with torchrun(__file__, *words) as process:
-        alone = losses_in_double(IN_DOUBLE)
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors[:6000]
-    return alone, json.loads((folder / "losses.json").read_text()), folder
+    jobs = [torchrun(__file__, *words), torchrun("--max-restarts=3", __file__, f"{RESUMED} out_dir={killed}")]  # both at once
+    alone = losses_in_double(IN_DOUBLE)
+    printed = [job.communicate() for job in jobs]
+    for job, (_, errors) in zip(jobs, printed):
+        assert job.returncode == 0, errors[:6000]
+    return alone, json.loads((folder / "losses.json").read_text()), folder, killed, printed[1][0]
 
 
 def test_two_processes_have_the_losses_of_one(two_processes):
-    alone, together, _ = two_processes
+    alone, together, *_ = two_processes
     assert together == [pytest.approx(losses, rel=1e-9) for losses in alone]
 
 
@@ -85,12 +87,10 @@ def run_state(out):
     return lines, [tensor.numpy().tobytes() for part in ("model", "ema") for tensor in state[part].values()]
 
 
-def test_a_killed_worker_is_replaced_and_the_run_is_bitwise_identical(two_processes, tmp_path):
-    with torchrun("--max-restarts=3", __file__, f"{RESUMED} out_dir={tmp_path}") as process:
-        output, errors = process.communicate()
-    assert process.returncode == 0, errors[:6000]
+def test_a_killed_worker_is_replaced_and_the_run_is_bitwise_identical(two_processes):
+    _, _, whole, killed, output = two_processes
     assert output.count("settings:") == 2 and "starts over" not in output  # the processes started again, and resumed
-    assert len(run_state(tmp_path)[0]) == 4 and run_state(tmp_path) == run_state(two_processes[2])
+    assert len(run_state(killed)[0]) == 4 and run_state(killed) == run_state(whole)
 
 
 def test_processes_have_random_numbers_of_their_own(two_processes):

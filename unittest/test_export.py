@@ -48,6 +48,12 @@ def test_it_says_what_its_classes_are_and_where_it_comes_from(out):
     assert f"minus {model.mean:.6g}, divided by {model.std:.6g}" in metadata["preparation"]
 
 
+def test_what_task_2_learned_can_be_exported(tmp_path):
+    export.main([f"checkpoint={ROOT / 'transfer' / 'best_model.pt'}", f"out_dir={tmp_path}"])
+    metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == ["flats", "heels"]
+
+
 def test_a_file_that_computes_something_else_is_not_written(out, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "to_onnx", lambda _: (out / "model.onnx").read_bytes())
     monkeypatch.setattr(export, "infer", lambda model, images: infer(model, images) * 1.01)

@@ -183,7 +183,7 @@ def test_samples_replace_no_foreign_folder(uninterrupted):
 def test_scores_tell_samples_from_real_images(uninterrupted, monkeypatch):
     monkeypatch.setattr(score, "COMPARED", 100)
     monkeypatch.setattr(score, "LEARNER", ["recipe=fast", "epochs=1"])
-    score.main(["limit=8000", CLASSIFIER, f"out_dir={uninterrupted[1]}"])
+    score.main(["limit=4000", CLASSIFIER, f"out_dir={uninterrupted[1]}"])
     scores = json.loads((uninterrupted[1] / "scores.json").read_text())
     assert scores["gan_test"] < 0.5 < scores["real_test"]  # two short epochs make no clothes
     assert scores["gan_train"] < 0.65 < scores["real_train"]

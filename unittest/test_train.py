@@ -30,7 +30,7 @@ from script import run_script
 from tools import soft_targets
 from trainer import infer, loss_and_accuracy
 
-SHORT = ["limit=400", "epochs=3", "batch_size=64", "hard_fraction=0.5", "valid_ratio=0.01"]
+SHORT = ["limit=400", "epochs=3", "batch_size=64", "hard_fraction=0.5", "valid_ratio=0.003"]
 
 
 @pytest.fixture(autouse=True)
@@ -339,7 +339,7 @@ def test_best_model_is_of_the_lowest_validation_loss_not_of_the_last_epoch(stopp
     best = model.metadata["best"]
     assert model.metadata["epoch"] == best["epoch"] == losses.index(min(losses)) + 1 < len(losses)
     images, fine_labels = train_data
-    _, valid = split_indices(fine_labels, 0.01, 0)
+    _, valid = split_indices(fine_labels, 0.003, 0)
     logits = infer(model, images[valid])
     assert loss_and_accuracy(logits, task_labels(fine_labels[valid], 2)) == (min(losses), best["valid_accuracy"])
 
@@ -500,9 +500,9 @@ def test_every_setting_changes_the_trained_features(words, features_of):
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.json")))
 def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
-    words = [] if read_config(config_path(recipe)).get("valid_ratio") == 0 else ["valid_ratio=0.005"]
+    words = [] if read_config(config_path(recipe)).get("valid_ratio") == 0 else ["valid_ratio=0.001"]
     words += ["teacher="] if recipe == "resnet20" else []  # its teacher is too large to be part of the repository
-    train.main([f"recipe={recipe}", "epochs=1", "limit=200", *words, "runs=1", f"out_dir={tmp_path}"])
+    train.main([f"recipe={recipe}", "epochs=1", "limit=100", *words, "runs=1", f"out_dir={tmp_path}"])
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
