@@ -182,7 +182,7 @@ class ModelSettings(BaseModel):
 
     architecture: Architecture = setting("cnn", "the model, as model.py names it")
     pretrained: bool = setting(False, "start resnet18 from ImageNet weights, downloaded")
-    finetune: str = setting("", "start from this best_model.pt; empty = random parameters")
+    finetune: str = setting("", "start from this best_model.pt, but for the last layer; empty = random parameters")
     dropout: Annotated[float, AfterValidator(_check_dropout)] = setting(-1.0, "probability; -1 = the model's own", ge=-1, lt=1)
     activation: Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"] = setting("relu", "activation function")
     init: Literal["default", "he", "xavier", "orthogonal"] = setting("default", "weight initialisation; default = PyTorch's")

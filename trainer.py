@@ -21,11 +21,11 @@ import distributed
 import interrupts
 from augmentation import augment
 from config import TrainSettings, UserError, parse_augment, resolve
-from data_preprocessing import Split, mean_and_std, shuffle
+from data_preprocessing import Split, mean_and_std, shuffle, training_settings
 from device import autocast, capture, move
 from distillation import Teacher, load_teacher
 from layers import SomeModel, add_batch_norm, fuse_batch_norm
-from model import Classifier, build_model, load_imagenet_weights
+from model import Classifier, build_model, load_imagenet_weights, load_model
 from optimizer import build_optimizer, learning_rate, set_lr
 from scenes import plain_count
 
@@ -201,9 +201,10 @@ class Trainer:
             load_imagenet_weights(self.model)
         if settings.finetune:
             path = resolve(settings.finetune)
-            start = checkpoint.load(path, "best_model")
-            checkpoint.check_same_split(path, start.get("settings", {}), seed, settings.valid_ratio, settings.data)
-            checkpoint.load_parameters(self.model, start["model"], path)
+            start = load_model(path)
+            if training_settings(start.metadata)["data"] == settings.data:  # else it can't have seen the validation images
+                checkpoint.check_same_split(path, start.metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
+            checkpoint.load_parameters(self.model.features, start.features.state_dict(), path)
         self.model.set_statistics(mean, std, images[train[:2000]].cpu())
         if settings.batch_norm:
             add_batch_norm(self.model)

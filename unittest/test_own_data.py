@@ -19,7 +19,7 @@ import photo
 import predict
 import test as test_script
 import train
-from config import RunSettings, UserError
+from config import ROOT, RunSettings, UserError
 from data_preprocessing import CLASS_NAMES, as_task, load_data
 from model import load_model
 from script import load_settings
@@ -164,6 +164,13 @@ def test_more_folds_than_images_of_a_class_are_refused(few, tmp_path):
 
 
 # ---- a model of it ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_fashion_mnist_is_finetuned_whatever_the_split(few, tmp_path):
+    words = [f"data={few}", "prepare=resize", "seed=5", "valid_ratio=0.2", "epochs=1", "lr=1e-12"]
+    train.main([*words, f"finetune={ROOT / 'best_model.pt'}", f"out_dir={tmp_path / 'out'}"])
+    start, ended = load_model(ROOT / "best_model.pt"), load_model(tmp_path / "out" / "best_model.pt")
+    assert torch.allclose(ended.features[0].weight, start.features[0].weight, atol=1e-6)
 
 
 def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys):

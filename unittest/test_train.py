@@ -507,11 +507,13 @@ def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
 
-def test_finetuning_starts_from_the_other_models_parameters(uninterrupted, tmp_path):
+@pytest.mark.parametrize("output_dim", [2, 10])
+def test_finetuning_starts_from_the_other_models_features(output_dim, uninterrupted, tmp_path):
     path = uninterrupted[1] / "best_model.pt"
-    ended = run(tmp_path, f"finetune={path}", "lr=1e-12", "epochs=1")
+    ended = run(tmp_path, f"finetune={path}", "lr=1e-12", "epochs=1", f"output_dim={output_dim}")["model"]
     for name, tensor in checkpoint.load(path, "best_model")["model"].items():
-        assert torch.allclose(ended["model"][name], tensor, atol=1e-6), name
+        is_last_layer = name.startswith("classifier")
+        assert is_last_layer != (ended[name].shape == tensor.shape and torch.allclose(ended[name], tensor, atol=1e-6)), name
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
