@@ -27,6 +27,7 @@ def occlusion_maps(model: Classifier, views: torch.Tensor, label: int) -> torch.
     covered = torch.where(is_covered, background, views[:, None, None])  # (V, 7, 7, 28, 28)
     images = torch.cat([views, covered.flatten(0, 2)]).unsqueeze(1)
     precision = choose_precision("auto", next(model.parameters()).device)  # for a picture, bfloat16 does
-    probability = infer(model, images, precision).softmax(1)[:, label]  # (V + 49 V,)
+    logits = torch.cat([infer(model, part, precision) for part in images.split(50)])  # all at once need a gigabyte
+    probability = logits.softmax(1)[:, label]  # (V + 49 V,)
     fall = probability[: len(views)].view(-1, 1, 1) - probability[len(views) :].view(-1, 7, 7)
     return F.interpolate(fall.unsqueeze(1), size=(28, 28), mode="bilinear", align_corners=True)[:, 0]
