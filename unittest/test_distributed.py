@@ -1,8 +1,8 @@
 """Several processes that train one model.
 
-As a script, in two processes, this file trains in double precision and writes the losses, then trains a run; with the run's
-words alone, the second process dies in its third epoch:
-`PYTHONPATH=. torchrun unittest/test_distributed.py [LOSSES.json "key=value ..."] "key=value ..."`."""
+As a script, in two processes, this file trains in double precision and writes the losses. With settings of two runs besides, it
+trains the first and, until the second process dies in the third epoch, the second, which it resumes when it is started again:
+`PYTHONPATH=. torchrun unittest/test_distributed.py LOSSES.json "key=value ..." ["key=value ..." "key=value ..."]`."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ from trainer import Trainer
 
 # without batch normalisation, whose statistics are those of a shard on CPUs; shards of 32 and 31 images
 IN_DOUBLE = (
-    "recipe=compact_cnn precision=float32 device=cpu batch_size=63 limit=1000 epochs=3 valid_ratio=0.01 optimizer=sgd lr=0.01 "
+    "recipe=compact_cnn precision=float32 device=cpu batch_size=63 limit=400 epochs=3 valid_ratio=0.001 optimizer=sgd lr=0.01 "
     "schedule=linear label_smoothing=0.1 aux_loss_weight=0.5 ema_decay=0.9 first_epoch_fraction=0.5 hard_fraction=0.4 "
     "augment=hflip,erase:0.5"
 )
-RESUMED = "architecture=resnet8 ema_decay=0.9 dropout=0.2 limit=400 valid_ratio=0.01 epochs=4"
+RESUMED = "architecture=resnet8 ema_decay=0.9 dropout=0.2 limit=400 valid_ratio=0.001 epochs=4"
 
 
 def torchrun(*words: str) -> subprocess.Popen:
@@ -66,13 +66,12 @@ def two_processes(tmp_path_factory):
     """The losses of IN_DOUBLE in one process and in two; the folders of RESUMED in two, without a disturbance and with a
     worker that is killed; what the latter printed."""
     folder, killed = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("killed")
-    words = [str(folder / "losses.json"), IN_DOUBLE, f"{RESUMED} out_dir={folder}"]
-    jobs = [torchrun(__file__, *words), torchrun("--max-restarts=3", __file__, f"{RESUMED} out_dir={killed}")]  # both at once
-    alone = losses_in_double(IN_DOUBLE)
-    printed = [job.communicate() for job in jobs]
-    for job, (_, errors) in zip(jobs, printed):
-        assert job.returncode == 0, errors[:6000]
-    return alone, json.loads((folder / "losses.json").read_text()), folder, killed, printed[1][0]
+    words = [str(folder / "losses.json"), IN_DOUBLE, *(f"{RESUMED} out_dir={out}" for out in (folder, killed))]
+    with torchrun("--max-restarts=3", __file__, *words) as process:
+        alone = losses_in_double(IN_DOUBLE)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors[:6000]
+    return alone, json.loads((folder / "losses.json").read_text()), folder, killed, output
 
 
 def test_two_processes_have_the_losses_of_one(two_processes):
@@ -89,7 +88,7 @@ def run_state(out):
 
 def test_a_killed_worker_is_replaced_and_the_run_is_bitwise_identical(two_processes):
     _, _, whole, killed, output = two_processes
-    assert output.count("settings:") == 2 and "starts over" not in output  # the processes started again, and resumed
+    assert output.count("settings:") == 3 and "starts over" not in output  # the processes started again, and resumed
     assert len(run_state(killed)[0]) == 4 and run_state(killed) == run_state(whole)
 
 
@@ -124,16 +123,24 @@ def test_a_restart_resumes_from_a_checkpoint_of_its_own_job_only(job, epochs, tm
     assert len(Run(Trainer, settings, [], {}).history) == epochs
 
 
+def is_first_start() -> bool:
+    return os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+
 def run_epoch_or_die(trainer: Trainer, epoch: int, epochs: list[dict]) -> dict:
-    if epoch == 3 and distributed.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if epoch == 3 and distributed.rank() == 1 and is_first_start():
         os.kill(os.getpid(), signal.SIGKILL)
     return run_epoch(trainer, epoch, epochs)
 
 
 if __name__ == "__main__":
-    *double, words = sys.argv[1:]
-    if double:
-        checkpoint.write_atomically(Path(double[0]), json.dumps(losses_in_double(double[1])).encode())
-    else:
-        run_epoch, Trainer.run_epoch = Trainer.run_epoch, run_epoch_or_die
-    run_script(train.main, words.split())  # as train.py ends; torch's threads sometimes abort a process that takes its time
+    path, double, *runs = sys.argv[1:]
+    if is_first_start():
+        checkpoint.write_atomically(Path(path), json.dumps(losses_in_double(double)).encode())
+        for whole in runs[:1]:
+            train.main(whole.split())
+    run_epoch, Trainer.run_epoch = Trainer.run_epoch, run_epoch_or_die
+    for killed in runs[1:]:
+        run_script(
+            train.main, killed.split()
+        )  # as train.py ends; torch's threads sometimes abort a process that takes its time
