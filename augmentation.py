@@ -11,13 +11,15 @@ from scenes import add_scenes
 
 
 def augment(images: torch.Tensor, fine_labels: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
-    """Images `(N, 1, 28, 28)`, uint8 in and out, each changed at random as `augmentations` says ("hflip:0.5,shift:2")."""
+    """Images `(N, V, 28, 28)`, uint8 in and out, each of the V views changed at random as `augmentations` says
+    ("hflip:0.5,shift:2")."""
+    shape, images = images.shape, images.view(-1, 1, 28, 28)
     for name, strength in parse_augment(augmentations).items():
         if name == "scene":
             images = add_scenes(images, fine_labels, strength, generator)
         elif name != "gan":  # which adds images (gan.networks.add_generated) and changes none
             images = FUNCTIONS[name](images, strength, generator)
-    return images
+    return images.reshape(shape)
 
 
 def warp(images: torch.Tensor, *theta: torch.Tensor) -> torch.Tensor:

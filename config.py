@@ -148,8 +148,8 @@ class DataSettings(BaseModel):
     data: str = setting(
         FASHION_MNIST, "fashion_mnist, mnist, kmnist, or a folder with train/CLASS/*, perhaps test/CLASS/*", min_length=1
     )
-    prepare: Literal["photo", "resize"] = setting(
-        "photo", "images of a folder: photo = cut out as predict.py does, resize = in grey, as they are"
+    prepare: Literal["photo", "views", "resize"] = setting(
+        "photo", "images of a folder: photo = cut out, views = in all five ways of predict.py, resize = in grey, as they are"
     )
     output_dim: int = setting(0, "number of classes; 0 = all that the data set has, 2 = clothes or shoe in Fashion-MNIST", ge=0)
 

@@ -30,6 +30,7 @@ TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 
 class Dataset(NamedTuple):
     """One split of a data set: images, uint8 `(N, 1, 28, 28)`, and labels, int64 `(N,)`, which number the classes.
+    With `prepare=views`, `(N, 5, 28, 28)`.
 
     `fine_labels` are the labels of the data set's own classes, of which a task's class may have several.
     """
@@ -146,7 +147,7 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
 
 def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
     """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split."""
-    from photo import printable, read_view  # here, because only folders need Pillow
+    from photo import printable, read_views  # here, because only folders need Pillow
 
     folder = resolve(name)
     if not folder.is_dir():
@@ -160,9 +161,9 @@ def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
         here, there = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))
         if here != there:
             raise UserError(f"{folder / 'test'}: has the classes {here or '(none)'}; train has {there}")
-    classes = read_class_folders(folder / (split if has_test else "train"), lambda path: read_view(path, prepare))
-    images = torch.stack([view for views in classes.values() for view in views.values()]).unsqueeze(1)
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(views) for views in classes.values()]))
+    classes = read_class_folders(folder / (split if has_test else "train"), lambda path: read_views(path, prepare))
+    images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
     if not has_test:
         train, test = split_indices(labels, TEST_RATIO, seed, f"{folder}: has no folder test, and test_ratio")
         print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing (seed={seed})")

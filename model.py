@@ -49,11 +49,10 @@ from layers import (
 
 
 class Classifier(nn.Module):
-    """uint8 images `(N, 1, 28, 28)` -> logits `(N, output_dim)`."""
+    """uint8 images `(N, V, 28, 28)`, V views of each, one by default -> logits `(N, output_dim)`."""
 
     mean: torch.Tensor
     std: torch.Tensor
-    reads_all_views = False  # of a photograph at once, `(N, V, 28, 28)`
 
     def __init__(self, features: nn.Sequential, feature_dim: int, output_dim: int):
         super().__init__()
@@ -69,16 +68,19 @@ class Classifier(nn.Module):
         self.mean.fill_(mean)
         self.std.fill_(std)
         if isinstance(self.features[0], WhitenedConv2d):
-            self.features[0].fit(self.normalize(images))
+            self.features[0].fit(self.normalize(images[:, :1]))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 `(N, 1, 28, 28)` -> float32, channels last."""
+        """uint8 `(N, V, 28, 28)` -> float32, channels last."""
         pixels = images.float() * (1 / (255 * self.std)) - self.mean / self.std
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 `(N, 1, 28, 28)` -> `(N, D)`, the input of the last layer."""
-        return self.features(self.normalize(images))
+        """uint8 `(N, V, 28, 28)` -> `(N, D)`, the input of the last layer: the mean over the views."""
+        if images.shape[1] == 1 or isinstance(self.features[0], Concatenation):  # which takes several views
+            return self.features(self.normalize(images))
+        features = self.features(self.normalize(images.flatten(0, 1).unsqueeze(1)))  # (N * V, D)
+        return features.unflatten(0, images.shape[:2]).mean(1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.forward_features(images))
@@ -221,9 +223,7 @@ def cnn_photo(output_dim: int) -> Classifier:
     backgrounds and are scaled to twice the length, of all its views."""
     networks = [ARCHITECTURES[name](1) for name in ("cnn", "separable14_photo")]
     features = Concatenation([network.features for network in networks], scales=(1.0, 6.0), views=(2, 5))
-    model = Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
-    model.reads_all_views = True
-    return model
+    return Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
 
 
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {

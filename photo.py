@@ -42,12 +42,14 @@ def read_photograph(path: Path, preparation: str = "photo") -> Photograph:
     return Photograph(np.asarray(image), torch.from_numpy(np.stack(views)), warning)
 
 
-def read_view(path: Path, preparation: str) -> torch.Tensor:
-    """The first view, uint8 `(28, 28)`, of `read_photograph`, without the time that the others take. Raises UserError
-    if the file can't be read."""
+def read_views(path: Path, preparation: str) -> torch.Tensor:
+    """The views, uint8 `(V, 28, 28)`, that a model learns from: all with `prepare=views`, else the first one, without the time
+    that the others take. Raises UserError if the file can't be read."""
+    if preparation == "views":
+        return read_photograph(path).views
     image = open_image(path)
     view = resize(image) if preparation == "resize" else to_fashion_mnist(image)
-    return torch.from_numpy(view) if view is not None else read_photograph(path).views[CUT_OUT]
+    return torch.from_numpy(view)[None] if view is not None else read_photograph(path).views[[CUT_OUT]]
 
 
 def resize(image: Image.Image) -> np.ndarray:

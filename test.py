@@ -62,7 +62,7 @@ def draw_pictures(
     components, lengths, _ = torch.pca_lowrank(features)
     explained = (lengths[:2].square() / features.var(0).sum() / (len(features) - 1)).tolist()
     points = (components[:, :2] * lengths[:2]).numpy()
-    plots.draw_features(points, explained, labels.numpy(), class_names, images.squeeze(1).numpy(), folder / "features.png")
+    plots.draw_features(points, explained, labels.numpy(), class_names, images[:, 0].numpy(), folder / "features.png")
     plots.draw_reliability(*calibration(probabilities, labels), folder / "reliability.png")
 
 

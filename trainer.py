@@ -34,8 +34,8 @@ TEMPERATURE = 2.0  # of the softened probabilities in distillation; Hinton et al
 
 @torch.inference_mode()
 def infer(model: Classifier, images: torch.Tensor, precision=torch.float32, *, features: bool = False) -> torch.Tensor:
-    """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, 1, 28, 28)`, or of all
-    views `(N, V, 28, 28)` for a model that reads them at once, on any device.
+    """Logits `(N, output_dim)`, or the features `(N, D)`, float32 on the CPU, of uint8 images `(N, V, 28, 28)`, V views
+    of each, on any device.
 
     A terminal sees a progress bar if it takes longer than a second.
     """
@@ -84,7 +84,7 @@ class Criterion(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss `()`; each image's cross-entropy and whether it is classified correctly, float32 `(N, 2)`.
 
-        `images` are uint8 `(N, 1, 28, 28)`, labels int64 `(N,)`; `indices`, int64 `(N,)`, are the images', for the teacher.
+        `images` are uint8 `(N, V, 28, 28)`, labels int64 `(N,)`; `indices`, int64 `(N,)`, are the images', for the teacher.
         """
         features = self.model.forward_features(images)
         logits = self.model.classifier(features)

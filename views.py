@@ -23,20 +23,25 @@ def reads_scenes(model: Classifier) -> bool:
     return "scene" in parse_augment(training_settings(model.metadata).get("augment", ""))
 
 
+def reads_all_views(model: Classifier) -> bool:
+    """Whether it reads a photograph's views at once, not one by one."""
+    return model.metadata["architecture"] == "cnn_photo" or training_settings(model.metadata)["prepare"] == "views"
+
+
 def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     """Those of N photographs' views, uint8 `(N, V, 28, 28)`, that the model was trained to read, `(N, V', 28, 28)`."""
-    if reads_scenes(model):
+    if reads_scenes(model) or training_settings(model.metadata)["prepare"] == "views":
         return views
     if training_settings(model.metadata)["data"] != FASHION_MNIST:
         return views[:, [CUT_OUT]]  # as it was trained
     cut_outs = face_left(views[:, :WHOLE].flatten(0, 1)).unflatten(0, (-1, WHOLE))
-    return torch.cat([cut_outs, views[:, WHOLE:]], 1) if model.reads_all_views else cut_outs
+    return torch.cat([cut_outs, views[:, WHOLE:]], 1) if reads_all_views(model) else cut_outs
 
 
 def infer_views(model: Classifier, views: torch.Tensor, *, features: bool = False) -> torch.Tensor:
     """Logits `(N, V, C)`, or features `(N, V, D)`, of each view, uint8 `(N, V, 28, 28)`; `(N, 1, ...)` of a model that reads
     all views at once."""
-    if model.reads_all_views:
+    if reads_all_views(model):
         return infer(model, views, features=features).unsqueeze(1)
     return infer(model, views.flatten(0, 1).unsqueeze(1), features=features).unflatten(0, views.shape[:2])
 

@@ -10,7 +10,7 @@ import torch
 from config import FASHION_MNIST, ROOT, UserError
 from data_preprocessing import load_images, read_class_folders, training_settings
 from model import Classifier
-from photo import printable, read_photograph, read_view
+from photo import printable, read_photograph, read_views
 from views import select_views
 
 
@@ -49,8 +49,8 @@ def read_part(folder: Path, model: Classifier) -> Part:
     trained = training_settings(model.metadata)
 
     def read(path: Path) -> torch.Tensor:  # (V, 28, 28)
-        is_garment = trained["data"] == FASHION_MNIST  # else one view does
-        return read_photograph(path).views if is_garment else read_view(path, trained["prepare"]).unsqueeze(0)
+        is_garment = trained["data"] == FASHION_MNIST
+        return read_photograph(path).views if is_garment else read_views(path, trained["prepare"])
 
     classes = read_class_folders(folder, read)
     views = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)

@@ -92,6 +92,7 @@ def build_learners(
     torch.manual_seed(settings.seed)
     metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
+    untrained.metadata = metadata
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier

@@ -24,6 +24,7 @@ from data_preprocessing import CLASS_NAMES, as_task, load_data
 from model import load_model
 from script import load_settings
 from tools import soft_targets
+from trainer import infer
 from transfer import train_eval
 from views import select_views
 
@@ -104,7 +105,7 @@ def test_a_photographs_first_view_is_learned(tmp_path):
     Image.fromarray(pixels).save(plain)
     Image.fromarray(pixels[:20]).save(empty)
     for path in (plain, empty):
-        assert photo.read_view(path, "photo").equal(photo.read_photograph(path).views[photo.CUT_OUT])
+        assert photo.read_views(path, "photo").equal(photo.read_photograph(path).views[:1])
 
 
 def test_a_file_that_is_no_image_is_passed_over_with_a_line(few, capsys):
@@ -179,7 +180,18 @@ def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys)
     assert "0003.png: predicted" in capsys.readouterr().out
     views = photo.read_photograph(path, "resize").views.unsqueeze(0)
     selected = select_views(load_model(out / "best_model.pt"), views)
-    assert selected.shape == (1, 1, 28, 28) and selected[0, 0].equal(photo.read_view(path, "resize"))
+    assert selected.shape == (1, 1, 28, 28) and selected[0].equal(photo.read_views(path, "resize"))
+
+
+def test_all_views_of_an_image_are_learned_and_predicted_together(few, tmp_path):
+    words = ["prepare=views", "valid_ratio=0.2", "epochs=2", "augment=hflip,shift:1,erase", f"out_dir={tmp_path / 'out'}"]
+    train.main([f"data={few}", *words])
+    predict.main([f"out_dir={tmp_path / 'out'}", str(few / "train" / "1" / "0001.png")])
+    test_script.main([f"out_dir={tmp_path / 'out'}"])
+    model, images = load_model(tmp_path / "out" / "best_model.pt"), load(few, prepare="views").images
+    assert images.shape[1:] == (5, 28, 28) and select_views(model, images).equal(images)
+    each = infer(model, images.flatten(0, 1).unsqueeze(1), features=True).unflatten(0, (-1, 5))
+    assert torch.allclose(infer(model, images, features=True), each.mean(1), atol=1e-5)
 
 
 def test_a_test_image_is_one_of_the_models_data_set(out, capsys):

@@ -238,7 +238,7 @@ def test_a_model_without_scenes_does_not_see_the_whole_photograph(out):
     changed[:, WHOLE] = 0
     model = load_model(out / "best_model.pt")
     assert select_views(model, views).equal(select_views(model, changed))
-    model.reads_all_views = True
+    model.metadata["architecture"] = "cnn_photo"
     assert select_views(model, views)[:, WHOLE:].equal(views[:, WHOLE:])
     model.metadata["settings"] = {"augment": "scene:0.5"}
     assert select_views(model, views).equal(views)
