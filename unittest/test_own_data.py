@@ -183,12 +183,13 @@ def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys)
     assert selected.shape == (1, 1, 28, 28) and selected[0].equal(photo.read_views(path, "resize"))
 
 
-def test_all_views_of_an_image_are_learned_and_predicted_together(few, tmp_path):
+def test_all_views_of_an_image_are_learned_and_predicted_together(tmp_path):
+    folder = write_digits(tmp_path / "some", 30, classes=2)
     words = ["prepare=views", "valid_ratio=0.2", "epochs=2", "augment=hflip,shift:1,erase", f"out_dir={tmp_path / 'out'}"]
-    train.main([f"data={few}", *words])
-    predict.main([f"out_dir={tmp_path / 'out'}", str(few / "train" / "1" / "0001.png")])
+    train.main([f"data={folder}", *words])
+    predict.main([f"out_dir={tmp_path / 'out'}", str(folder / "train" / "1" / "0001.png")])
     test_script.main([f"out_dir={tmp_path / 'out'}"])
-    model, images = load_model(tmp_path / "out" / "best_model.pt"), load(few, prepare="views").images
+    model, images = load_model(tmp_path / "out" / "best_model.pt"), load(folder, prepare="views").images
     assert images.shape[1:] == (5, 28, 28) and select_views(model, images).equal(images)
     each = infer(model, images.flatten(0, 1).unsqueeze(1), features=True).unflatten(0, (-1, 5))
     assert torch.allclose(infer(model, images, features=True), each.mean(1), atol=1e-5)
