@@ -193,7 +193,7 @@ def test_a_script_without_training_has_no_settings_of_training(script):
         ("schedule=cosin", "cosine"),
         ("optimizer=adm", "known: sgd, adam, adamw"),
         ("output_dim=-1", "greater than or equal to 0"),
-        ("prepare=cut", "'photo' or 'resize'"),
+        ("prepare=cut", "'photo', 'views' or 'resize'"),
         ("device=tpu", "cpu"),
         ("data_dir=", "at least 1"),
         ("augment=hflp", "known: hflip"),
