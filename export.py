@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ModelFileSettings)
     onnxruntime = import_extra("onnxruntime")
     model = load_model(settings.model_path)
-    images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000]
+    images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000, :1]
     contents = to_onnx(model)
     session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
     pixels, singles = images.numpy(), images[:100, None].numpy()  # (1000, 1, 28, 28), (100, 1, 1, 28, 28)

@@ -38,19 +38,15 @@ def select_views(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     return torch.cat([cut_outs, views[:, WHOLE:]], 1) if reads_all_views(model) else cut_outs
 
 
-def infer_views(model: Classifier, views: torch.Tensor, *, features: bool = False) -> torch.Tensor:
-    """Logits `(N, V, C)`, or features `(N, V, D)`, of each view, uint8 `(N, V, 28, 28)`; `(N, 1, ...)` of a model that reads
-    all views at once."""
-    if reads_all_views(model):
-        return infer(model, views, features=features).unsqueeze(1)
-    return infer(model, views.flatten(0, 1).unsqueeze(1), features=features).unflatten(0, views.shape[:2])
-
-
 def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     """Probabilities `(N, C)` of photographs with views, uint8 `(N, V, 28, 28)`: the mean of the views' softened probabilities,
     sharpened again, and weighed by ODDS if the model was trained on scenes. Of equal views, they are a single one's: an image
     of the data set is no photograph."""
-    probabilities = (infer_views(model, views) / TEMPERATURE).softmax(2).mean(1) ** TEMPERATURE
+    if reads_all_views(model):
+        logits = infer(model, views).unsqueeze(1)  # (N, 1, C)
+    else:
+        logits = infer(model, views.flatten(0, 1).unsqueeze(1)).unflatten(0, views.shape[:2])  # (N, V, C)
+    probabilities = (logits / TEMPERATURE).softmax(2).mean(1) ** TEMPERATURE
     names = model.metadata["class_names"]
     if reads_scenes(model) and tuple(names) == CLASS_NAMES:
         odds = torch.tensor([ODDS.get(name, 1.0) for name in names])

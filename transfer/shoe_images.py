@@ -10,7 +10,7 @@ import torch
 from config import FASHION_MNIST, ROOT, UserError
 from data_preprocessing import load_images, read_class_folders, training_settings
 from model import Classifier
-from photo import printable, read_photograph, read_views
+from photo import printable, read_views
 from views import select_views
 
 
@@ -47,12 +47,8 @@ def load_shoes(parts: Sequence[str], data_path: Path) -> dict[str, Part]:
 def read_part(folder: Path, model: Classifier) -> Part:
     """Photographs in CLASS/*, as `read_class_folders` reads them, with the views that the model can read."""
     trained = training_settings(model.metadata)
-
-    def read(path: Path) -> torch.Tensor:  # (V, 28, 28)
-        is_garment = trained["data"] == FASHION_MNIST
-        return read_photograph(path).views if is_garment else read_views(path, trained["prepare"])
-
-    classes = read_class_folders(folder, read)
+    prepare = "views" if trained["data"] == FASHION_MNIST else trained["prepare"]
+    classes = read_class_folders(folder, lambda path: read_views(path, prepare))
     views = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
     names = [[path.stem for path in files] for files in classes.values()]
     return make_part(list(classes), names, select_views(model, views))

@@ -27,9 +27,9 @@ from device import choose_device, move
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
+from trainer import infer
 from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
 from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
-from views import infer_views
 
 UNLABELLED = 1_500  # training images, used without their labels
 BY_SHOTS = (1, 2, 3, 5, 10)  # in the picture
@@ -66,7 +66,7 @@ def beside_photo(model: Classifier) -> Classifier:
 
 def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     """Features `(N, D)` of images, uint8 `(N, V, 28, 28)`: the mean over their views."""
-    return infer_views(model, images, features=True).mean(1)
+    return infer(model, images, features=True)
 
 
 def choose_unlabelled(model: Classifier, supports: torch.Tensor, settings: TransferSettings) -> tuple[torch.Tensor, Source]:
@@ -92,7 +92,6 @@ def build_learners(
     torch.manual_seed(settings.seed)
     metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
-    untrained.metadata = metadata
     untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
     untrained.to(next(model.parameters()).device)
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier
@@ -219,7 +218,7 @@ def learn_classes(model: Classifier, part: Part, settings: TransferSettings) -> 
 def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, rows: dict, folder: Path) -> None:
     """Print and draw the predictions for the test images; draw the supports, and, of random episodes, accuracy by shots."""
     test = episodes.parts["test"]
-    confidence, predicted = model.classifier(extract(model, test.images)).softmax(1).max(1)
+    confidence, predicted = infer(model, test.images).softmax(1).max(1)
     titles = []
     for name, label, probability in zip(test.names, predicted.tolist(), confidence.tolist()):
         titles.append(f"{name}\npredicted {test.classes[label]}, {probability:.1%}")
