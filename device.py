@@ -1,6 +1,7 @@
 """Device and precision of the arithmetic."""
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -45,11 +46,13 @@ def capture(module: nn.Module, inputs: tuple[torch.Tensor, ...], precision: torc
     """Replace the module's forward and backward passes in training mode by CUDA graphs, for inputs of these shapes.
 
     A small model's step has hundreds of kernels of a few microseconds each; launching them one by one takes longer.
-    Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs".
+    Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs". All outputs of the module will require a gradient.
     """
     device = inputs[0].device
     state, rng = copy.deepcopy(module.state_dict()), torch.cuda.get_rng_state(device)
-    with autocast(device, precision):
+    inputs = tuple(tensor.clone() for tensor in inputs)  # each later batch is written into them
+    with autocast(device, precision), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The AccumulateGrad node")  # made by the warm-up, in a stream of its own
         torch.cuda.make_graphed_callables(module, inputs)
     module.load_state_dict(state)  # running statistics before the passes of the capture
     torch.cuda.set_rng_state(rng, device)

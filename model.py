@@ -17,7 +17,7 @@ applies to each.
 | deep_cnn, deep_cnn_dropout | 243,786, 225,034 | System 2, versions A and B |
 | compact_cnn | 98,442 | System 4 |
 | resnet8, resnet14 | 77,754, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
-| resnet20, resnet20_wide | 271,994, 1,083,626 | pre-activation; He et al. 2016, arXiv 1603.05027 |
+| resnet20, resnet20_wide, resnet20_wider | 271,994, 1,083,626, 4,325,834 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | separable14, separable14_photo, separable14_thin | 95,146, 95,146, 19,026 | separable: Chollet 2017, arXiv 1610.02357 |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | cnn_photo | 124,074 | cnn's features and separable14_photo's, for photographs of new classes (transfer/) |
@@ -236,6 +236,7 @@ ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     "separable14_thin": lambda n: _preactivation_resnet(n, (24, 32, 40), 2, separable_conv3x3),  # at most 20,000 parameters
     "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
     "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
+    "resnet20_wider": lambda n: _preactivation_resnet(n, (64, 128, 256), blocks=3),
     "fast_cnn": lambda n: _fast_cnn(n, (32,), (64,)),
     "fast_cnn_wide": lambda n: _fast_cnn(n, (64,), (128,)),
     "fast_cnn_deep": lambda n: _fast_cnn(n, (64, 64), (128, 128)),

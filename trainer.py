@@ -222,7 +222,7 @@ class Trainer:
             torch.manual_seed(seed + distributed.rank())  # dropout differs between processes
         trainable = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(settings, trainable)
-        if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size:
+        if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size > 1:
             first = train[:smallest]
             capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], first), precision)
 
@@ -252,7 +252,7 @@ class Trainer:
             self.optimizer.zero_grad()
             if self.ema:
                 self.ema.update(self.model, step + 1)
-            results = distributed.gather_rows(results, len(indices))  # (B, 2)
+            results = distributed.gather_rows(results.detach(), len(indices))  # (B, 2)
             if self.sampler:
                 known = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
                 self.sampler.record(indices[:known], results[:known, 0])

@@ -10,7 +10,8 @@ from data_preprocessing import CLASS_NAMES, Dataset, load_images
 from model import build_model
 from script import keep_freed_memory
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bitwise on the CPU, also by the processes that tests start
+# on the CPU, also in the processes that tests start; TEST_GPU=0 chooses the first GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
 keep_freed_memory()  # as in a script: most tests call its main(), not run_script
 data_preprocessing.find_idx = functools.cache(data_preprocessing.find_idx)  # unpacked and verified once, not 300 times
 

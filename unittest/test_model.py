@@ -7,7 +7,7 @@ from torch import nn
 import distributed
 from config import TrainSettings, UserError
 from data_preprocessing import mean_and_std
-from device import choose_device, choose_precision
+from device import capture, choose_device, choose_precision
 from layers import StandardizedConv2d, WhitenedConv2d, add_batch_norm, fuse_batch_norm
 from model import (
     ACTIVATIONS,
@@ -35,6 +35,7 @@ PARAMETERS = {
     "separable14_thin": 19_026,
     "resnet20": 271_994,
     "resnet20_wide": 1_083_626,
+    "resnet20_wider": 4_325_834,
     "resnet18": 11_175_370,
     "resnet18_56": 11_175_370,
     "fast_cnn": 29_178,
@@ -171,6 +172,19 @@ def test_batch_norm_is_synchronised_between_gpus_only(device, kind, monkeypatch)
     assert len(norms) == 9 and all(type(norm) is kind for norm in norms)
     assert [module for module in model.modules() if isinstance(module, kind)] == norms  # the trainer's model is converted
     assert all(tensor.equal(states[name]) for name, tensor in model.state_dict().items())
+
+
+def test_capturing_a_model_leaves_its_inputs_as_they_are(monkeypatch):
+    def graphed(module, inputs):  # as torch's: later batches are copied into these inputs
+        for tensor in inputs:
+            tensor.zero_()
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    train = torch.arange(1, 10)
+    capture(nn.Linear(1, 1), (train[:4],), torch.float32)
+    assert train.equal(torch.arange(1, 10))
 
 
 def test_a_process_alone_is_not_wrapped():

@@ -205,7 +205,7 @@ def test_a_run_from_another_device_resumes_with_a_warning(uninterrupted, tmp_pat
     machine = {**uninterrupted[0]["machine"], "device": "cuda"}
     checkpoint.save(tmp_path / "checkpoint.pt", {**uninterrupted[0], "machine": machine, "rng": rng})
     shutil.copyfile(uninterrupted[1] / "best_model.pt", tmp_path / "best_model.pt")
-    assert run(tmp_path, "epochs=4", "resume=true")["epoch"] == 4
+    assert run(tmp_path, "epochs=4", "resume=true", "device=cpu")["epoch"] == 4
     assert "resumes with device=cpu (was cuda): the result will not be bitwise" in capsys.readouterr().out
 
 
@@ -391,7 +391,7 @@ def test_the_ema_is_validated_and_saved(tmp_path):
 
 
 def test_batch_norm_is_fused_in_the_saved_model(tmp_path):
-    state = run(tmp_path, "batch_norm=true", "epochs=1")
+    state = run(tmp_path, "batch_norm=true", "epochs=1", "device=cpu")
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     model = build_model("cnn", 2)
     add_batch_norm(model)
