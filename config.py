@@ -89,7 +89,7 @@ def setting(default, description: str, **limits):
 Architecture = Literal[
     "cnn", "mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet14", "cnn_photo",
     "resnet20", "resnet20_wide", "resnet20_wider", "resnet18", "resnet18_56",
-    "separable14", "separable14_photo", "separable14_thin", "fast_cnn", "fast_cnn_wide", "fast_cnn_deep",
+    "separable14", "separable14_photo", "separable14_thin", "separable20", "fast_cnn", "fast_cnn_wide", "fast_cnn_deep",
 ]  # fmt: skip
 _STRENGTHS = "\n".join(f"{name}:{value}  {unit}; at most {top}" for name, (value, top, unit) in AUGMENTATIONS.items())
 # settings that several scripts declare

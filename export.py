@@ -1,8 +1,9 @@
 """Export a model for programs without PyTorch: `python export.py [recipe=NAME] [checkpoint=FILE] [key=value ...]`.
 
-Writes model.onnx into out_dir. It takes uint8 images `(N, 1, 28, 28)` of any N, garment bright on black, and returns
-probabilities `(N, classes)`. Its metadata say what the classes are, how to prepare an image, and where the model comes from.
-Before it is written, onnxruntime computes 1,000 test images; if it differs from PyTorch, the exit code is 1.
+Writes model.onnx into out_dir. It takes uint8 images `(N, 1, 28, 28)` of any N, garment bright on black, or the views
+`(N, 5, 28, 28)` of photographs if the model reads all, and returns probabilities `(N, classes)`. Its metadata say what the
+classes are, how to prepare an image, and where the model comes from. Before it is written, onnxruntime computes 1,000 test
+images; if it differs from PyTorch, the exit code is 1.
 """
 
 import json
@@ -19,17 +20,20 @@ import checkpoint
 from config import ModelFileSettings
 from data_preprocessing import load_data, training_settings
 from model import Classifier, load_model
+from photo import VIEWS
 from script import import_extra, load_settings, run_script
 from trainer import infer
+from views import reads_all_views
 
 MAX_DIFFERENCE = 1e-4  # of a probability
 
 
-def to_onnx(model: Classifier) -> bytes:
-    """The contents of an ONNX file of the model with softmax. Raises UserError if a package is missing."""
+def to_onnx(model: Classifier, views: int = 1) -> bytes:
+    """The contents of an ONNX file of the model with softmax, for images `(N, views, 28, 28)`. Raises UserError if a package is
+    missing."""
     import_extra("onnx")
     import_extra("onnxscript")
-    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    images = torch.zeros(2, views, 28, 28, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.onnx.export(
@@ -43,16 +47,21 @@ def to_onnx(model: Classifier) -> bytes:
         )
     assert program is not None  # as with dynamo=True
     proto = program.model_proto
-    for key, value in describe(model).items():
+    for key, value in describe(model, views).items():
         proto.metadata_props.add(key=key, value=value)
     return proto.SerializeToString()
 
 
-def describe(model: Classifier) -> dict[str, str]:
+def describe(model: Classifier, views: int) -> dict[str, str]:
     """The metadata of the ONNX file; `class_names`, `settings`, `best`, `versions` and `machine` are JSON."""
+    content = (
+        "one garment, bright (255) on black (0). Of a photograph: cut the object out, longest side 28 pixels, in grey, dark on "
+        "light inverted, centred on black; photo.py does it"
+        if views == 1
+        else "the views that photo.py makes of a photograph"
+    )
     preparation = (
-        "uint8 (N, 1, 28, 28); one garment, bright (255) on black (0). Of a photograph: cut the object out, longest side 28 "
-        "pixels, in grey, dark on light inverted, centred on black; photo.py does it. The model itself normalises: "
+        f"uint8 (N, {views}, 28, 28); {content}. The model itself normalises: "
         f"pixels / 255, minus {model.mean.item():.6g}, divided by {model.std.item():.6g}"
     )
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in model.metadata.items()}
@@ -63,10 +72,12 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ModelFileSettings)
     onnxruntime = import_extra("onnxruntime")
     model = load_model(settings.model_path)
-    images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000, :1]
-    contents = to_onnx(model)
+    images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000]
+    if reads_all_views(model):
+        images = images.expand(-1, VIEWS, -1, -1)  # an image of the data set is its only view
+    contents = to_onnx(model, images.shape[1])
     session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
-    pixels, singles = images.numpy(), images[:100, None].numpy()  # (1000, 1, 28, 28), (100, 1, 1, 28, 28)
+    pixels, singles = images.numpy(), images[:100, None].numpy()  # (1000, V, 28, 28), (100, 1, V, 28, 28)
     started = time.perf_counter()
     for single in singles:
         session.run(None, {"images": single})

@@ -19,6 +19,7 @@ applies to each.
 | resnet8, resnet14 | 77,754, 99,418 | System 5; He et al. 2016, arXiv 1512.03385 |
 | resnet20, resnet20_wide, resnet20_wider | 271,994, 1,083,626, 4,325,834 | pre-activation; He et al. 2016, arXiv 1603.05027 |
 | separable14, separable14_photo, separable14_thin | 95,146, 95,146, 19,026 | separable: Chollet 2017, arXiv 1610.02357 |
+| separable20 | 270,546 | the same, three blocks a stage |
 | resnet18, resnet18_56 | 11,175,370 | torchvision's; its input resized to 56x56 |
 | cnn_photo | 124,074 | cnn's features and separable14_photo's, for photographs of new classes (transfer/) |
 | fast_cnn, fast_cnn_wide, fast_cnn_deep | 29,178, 95,034, 279,738 | whitened first layer: Jordan 2024, arXiv 2404.00498 |
@@ -234,6 +235,7 @@ ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {
     "separable14": lambda n: _preactivation_resnet(n, (56, 80, 96), 2, separable_conv3x3),  # at most 100,000 parameters
     "separable14_photo": lambda n: _preactivation_resnet(n, (56, 80, 96), 2, separable_conv3x3, StandardizedConv2d),
     "separable14_thin": lambda n: _preactivation_resnet(n, (24, 32, 40), 2, separable_conv3x3),  # at most 20,000 parameters
+    "separable20": lambda n: _preactivation_resnet(n, (72, 104, 152), 3, separable_conv3x3),
     "resnet20": lambda n: _preactivation_resnet(n, (16, 32, 64), blocks=3),
     "resnet20_wide": lambda n: _preactivation_resnet(n, (32, 64, 128), blocks=3),
     "resnet20_wider": lambda n: _preactivation_resnet(n, (64, 128, 256), blocks=3),

@@ -25,7 +25,8 @@ MIN_CONTRAST = 32  # grey levels above the background that an object must reach
 WORKING_SIDE = 448  # pixels: a larger photograph is reduced to this before its background is looked at
 COLOUR_SIDE = 224  # pixels: the same, before its colours are
 CALM = 22  # grey levels from the border's median, within which at least 98 % of a plain background's border lie
-CUT_OUT, CUT_BY_COLOUR, WHOLE, DISTANCE, CHROMA = range(5)
+VIEWS = 5
+CUT_OUT, CUT_BY_COLOUR, WHOLE, DISTANCE, CHROMA = range(VIEWS)
 
 
 class Photograph(NamedTuple):

@@ -21,7 +21,7 @@ REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # t
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
 OURS = (
     "fast", "fast93", "fast94", "micro", "resnet8_alone", "resnet14", "tiny_best",
-    "resnet20", "resnet20_wide", "resnet20_wider", "photo",
+    "separable20", "resnet20", "resnet20_wide", "resnet20_wider", "photo",
 )  # fmt: skip
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
 MARKS = ("<!-- python tools/results.py -->\n", "<!-- end of python tools/results.py -->\n")

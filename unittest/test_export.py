@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import export
 from config import ROOT
 from model import build_model, load_model
@@ -28,14 +29,16 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["separable14_photo", "resnet18_56"])  # instance normalisation, resizing
+# instance normalisation, resizing, the mean over views
+@pytest.mark.parametrize("architecture, views", [("separable14_photo", 1), ("resnet18_56", 1), ("mlp", 5), ("cnn_photo", 5)])
 @torch.inference_mode()
-def test_it_gives_the_models_probabilities_for_any_number_of_images(architecture, train_data):
+def test_it_gives_the_models_probabilities_for_any_number_of_images(architecture, views, train_data):
     torch.manual_seed(0)
     model = build_model(architecture, 10).eval()
     model.set_statistics(0.29, 0.35, train_data[0][:100])
-    session = onnxruntime.InferenceSession(export.to_onnx(model))
-    for images in (train_data[0][:1], train_data[0][:7]):
+    session = onnxruntime.InferenceSession(export.to_onnx(model, views))
+    some = train_data[0][: 7 * views].reshape(7, views, 28, 28)
+    for images in (some[:1], some):
         expected = infer(model, images).softmax(1).numpy()
         assert np.abs(session.run(None, {"images": images.numpy()})[0] - expected).max() < export.MAX_DIFFERENCE
 
@@ -48,6 +51,14 @@ def test_it_says_what_its_classes_are_and_where_it_comes_from(out):
     assert f"minus {model.mean:.6g}, divided by {model.std:.6g}" in metadata["preparation"]
 
 
+def test_a_model_that_reads_all_views_takes_them(untrained, tmp_path):
+    checkpoint.save(tmp_path / "best_model.pt", {**untrained, "settings": {"prepare": "views"}})
+    export.main([f"checkpoint={tmp_path / 'best_model.pt'}", f"out_dir={tmp_path}"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape[1:] == [5, 28, 28]
+    assert "the views that photo.py makes" in session.get_modelmeta().custom_metadata_map["preparation"]
+
+
 def test_what_task_2_learned_can_be_exported(tmp_path):
     export.main([f"checkpoint={ROOT / 'transfer' / 'best_model.pt'}", f"out_dir={tmp_path}"])
     metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
@@ -55,7 +66,7 @@ def test_what_task_2_learned_can_be_exported(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_not_written(out, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "to_onnx", lambda _: (out / "model.onnx").read_bytes())
+    monkeypatch.setattr(export, "to_onnx", lambda *_: (out / "model.onnx").read_bytes())
     monkeypatch.setattr(export, "infer", lambda model, images: infer(model, images) * 1.01)
     with pytest.raises(SystemExit) as ended:
         export.main([f"checkpoint={TINY_BEST}", f"out_dir={tmp_path}"])

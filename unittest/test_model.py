@@ -33,6 +33,7 @@ PARAMETERS = {
     "cnn_photo": 124_074,
     "separable14": 95_146,
     "separable14_thin": 19_026,
+    "separable20": 270_546,
     "resnet20": 271_994,
     "resnet20_wide": 1_083_626,
     "resnet20_wider": 4_325_834,
