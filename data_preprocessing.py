@@ -203,16 +203,16 @@ def split_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Raises UserError, which calls the ratio `name`, if it leaves either side without an image of some class. A ratio of 0 leaves
-    the validation without any.
+    Each side gets an image of each class at least; with a ratio of 0 there are no validation images. Raises UserError, which calls
+    the ratio `name`, if a class has one image only.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
     for label in fine_labels.unique():
         members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
-        n_valid = round(valid_ratio * len(members))
-        if valid_ratio and not 0 < n_valid < len(members):
-            raise UserError(f"{name}={valid_ratio}: would take {n_valid} of a class's {len(members)} images; give it more")
+        if valid_ratio and len(members) == 1:
+            raise UserError(f"{name}={valid_ratio}: a class has one image only; give it another")
+        n_valid = min(max(1, round(valid_ratio * len(members))), len(members) - 1) if valid_ratio else 0
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))
     return shuffle(train, generator), valid.sort().values

@@ -39,9 +39,10 @@ def test_split_follows_the_seed(train_data):
     assert first.equal(again) and not first.equal(other)
 
 
-def test_split_that_leaves_a_class_without_images_is_refused(train_data):
-    with pytest.raises(UserError, match="valid_ratio=1e-05"):
-        data.split_indices(train_data[1], 0.00001, seed=0)
+@pytest.mark.parametrize("ratio, count", [(0.00001, 1), (0.99999, 5_999)])
+def test_each_side_of_a_split_has_an_image_of_each_class(ratio, count, train_data):
+    _, valid = data.split_indices(train_data[1], ratio, seed=0)
+    assert torch.bincount(train_data[1][valid]).tolist() == [count] * 10
 
 
 def test_a_ratio_of_0_leaves_every_image_to_the_training(train_data):

@@ -133,7 +133,7 @@ def spoil(folder, how):
         shutil.rmtree(one)
         one.mkdir()
     elif how == "few images":
-        for path in sorted(one.iterdir())[4:]:
+        for path in sorted(one.iterdir())[1:]:
             path.unlink()
     elif how == "other test":
         shutil.copytree(folder / "train" / "0", folder / "test" / "0")
@@ -148,7 +148,7 @@ def spoil(folder, how):
         ("one class", "train: has one class only, 0"),
         ("case", "the classes Cat and cat differ by case only; rename one or merge them"),
         ("no image", "1: has no image that can be read"),
-        ("few images", "has no folder test, and test_ratio=0.1: would take 0 of a class's 4 images"),
+        ("few images", "has no folder test, and test_ratio=0.1: a class has one image only; give it another"),
         ("other test", "test: has the classes 0; train has 0, 1"),
     ],
 )
