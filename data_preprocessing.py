@@ -203,8 +203,8 @@ def split_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Each side gets an image of each class at least; with a ratio of 0 there are no validation images. Raises UserError, which calls
-    the ratio `name`, if a class has one image only.
+    Each side gets an image of each class at least; with a ratio of 0 there are no validation images. Raises UserError, which
+    calls the ratio `name`, if a class has one image only.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
