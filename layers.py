@@ -103,9 +103,11 @@ class Concatenation(nn.Module):
     its features are their mean.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], scales: Sequence[float], views: Sequence[int]):
+    def __init__(
+        self, networks: Sequence[nn.Module], sizes: Sequence[int], scales: Sequence[float], views: Sequence[int]
+    ):  # `sizes`: how many features each network has
         super().__init__()
-        self.networks, self.scales, self.views = nn.ModuleList(networks), scales, views
+        self.networks, self.sizes, self.scales, self.views = nn.ModuleList(networks), sizes, scales, views
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = []

@@ -223,8 +223,9 @@ def cnn_photo(output_dim: int) -> Classifier:
     """The features of Task 1's network, which keep positions, of a photograph's cut-outs, beside `photo`'s, which know
     backgrounds and are scaled to twice the length, of all its views."""
     networks = [ARCHITECTURES[name](1) for name in ("cnn", "separable14_photo")]
-    features = Concatenation([network.features for network in networks], scales=(1.0, 6.0), views=(2, 5))
-    return Classifier(nn.Sequential(features), sum(network.classifier.in_features for network in networks), output_dim)
+    sizes = [network.classifier.in_features for network in networks]
+    features = Concatenation([network.features for network in networks], sizes, scales=(1.0, 6.0), views=(2, 5))
+    return Classifier(nn.Sequential(features), sum(sizes), output_dim)
 
 
 ARCHITECTURES: dict[str, Callable[[int], Classifier]] = {

@@ -3,9 +3,10 @@
 Shapes: E episodes, C classes, K support images of each, N images, V views of each, U unlabelled ones, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +19,8 @@ Extract = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (N, V, 28, 28) 
 SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
-REFERENCE_WEIGHT = 2  # of AdamLearner's logits, FisherLearner's having 1; chosen on photographs of five kinds
+PENALTY = 0.0003  # of the squared weights in LogisticLearner; chosen, as SPREAD, on photographs
+SPREAD = 2.2  # standard deviation of MeanLearner's logits over the unlabelled images
 RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.2 to 0.3, photographs from elsewhere at 1.4 to 3.4
 
 
@@ -140,27 +142,73 @@ class AdamLearner:
         return weights.detach(), biases.detach()
 
 
-class MeanLearner:
-    """The weighted mean of both learners' logits, for photographs: the two fail on different ones.
+class LogisticLearner:
+    """Logistic regression on features of several networks, each network's weighed by how well they tell the supports apart.
 
-    The reference's logits are scaled to the same standard deviation as Fisher's over the unlabelled images.
+    A network's features are scaled to unit length, on average over the unlabelled images, and by r - 1, where r is the mean
+    squared distance between two supports of different classes, divided by that between two of the same class: a network that
+    doesn't know the difference adds noise only.
     """
 
-    def __init__(self, fisher: FisherLearner, adam: AdamLearner):
-        self.fisher, self.adam, self.extract = fisher, adam, fisher.extract
+    def __init__(self, extract: Extract, unlabelled: torch.Tensor, sizes: Sequence[int]):
+        """`sizes`: how many features each network has, D in all."""
+        self.extract, self.sizes = extract, sizes
+        features = extract(unlabelled)
+        self.mean = features.mean(0)
+        self.lengths = [part.square().sum(1).mean().sqrt() for part in (features - self.mean).split(sizes, 1)]
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.fisher.embed(images), self.adam.embed(images)], 1)  # (N, 2 * D)
+        return self.extract(images)
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As FisherLearner's, from supports `(E, C, K, 2 * D)`."""
-        own, others = supports.chunk(2, 3)
-        layers = [self.fisher.fit(own), self.adam.fit(others)]
-        features = self.fisher.unlabelled * self.fisher.length + self.fisher.mean  # (U, D), raw but for their length
-        spreads = []
-        for weights, biases in layers:
-            logits = torch.einsum("ud,ecd->euc", features, weights) + biases.unsqueeze(1)
-            spreads.append((logits - logits.mean(2, keepdim=True)).flatten(1).std(1).view(-1, 1))  # (E, 1)
-        (weights, biases), (other_weights, other_biases) = layers
-        ratio, total = REFERENCE_WEIGHT * spreads[0] / spreads[1], 1 + REFERENCE_WEIGHT
-        return (weights + ratio.unsqueeze(2) * other_weights) / total, (biases + ratio * other_biases) / total
+        """As FisherLearner's."""
+        from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
+
+        _, classes, shots, _ = supports.shape
+        labels = torch.arange(classes).repeat_interleave(shots)  # (C * K,)
+        x = (supports - self.mean).flatten(1, 2)  # (E, C * K, D)
+        scales = self._scales(x, labels)  # (E, D)
+        layers = []
+        for rows in x * scales.unsqueeze(1):
+            regression = LogisticRegression(C=1 / (PENALTY * len(labels)), max_iter=1_000).fit(rows.numpy(), labels.numpy())
+            layer = torch.from_numpy(np.column_stack([regression.coef_, regression.intercept_])).float()  # (C, D + 1)
+            layers.append(layer if classes > 2 else torch.cat([-layer, layer]) / 2)  # of two classes it has one row
+        weights = torch.stack(layers)[:, :, :-1] * scales.unsqueeze(1)  # (E, C, D)
+        return weights, torch.stack(layers)[:, :, -1] - weights @ self.mean
+
+    def _scales(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What to multiply the supports' features `(E, C * K, D)` by, `(E, D)`."""
+        is_same = labels == labels.unsqueeze(1)
+        is_pair = is_same & ~torch.eye(len(labels), dtype=torch.bool)
+        excesses = []
+        for part in x.split(self.sizes, 2):
+            distances = torch.cdist(part, part).square()  # (E, C * K, C * K)
+            ratio = distances[:, ~is_same].mean(1) / distances[:, is_pair].mean(1)  # not a number for one image of each class
+            excesses.append((ratio - 1).clamp(0.02, 100).nan_to_num(1))
+        total = torch.stack(excesses).square().sum(0).sqrt()  # (E,)
+        parts = zip(excesses, self.lengths, self.sizes)
+        return torch.cat([(excess / total / length).unsqueeze(1).expand(-1, size) for excess, length, size in parts], 1)
+
+
+class MeanLearner:
+    """The mean of learners' logits, for photographs: the learners fail on different ones.
+
+    Each one's logits are scaled to the same standard deviation over the unlabelled images.
+    """
+
+    def __init__(self, learners: Sequence[AdamLearner | LogisticLearner], unlabelled: torch.Tensor):
+        self.learners, self.extract = learners, learners[0].extract
+        self.features = self.extract(unlabelled)  # (U, D)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return self.extract(images)
+
+    def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As FisherLearner's, from supports' features."""
+        layers = []
+        for weights, biases in (learner.fit(supports) for learner in self.learners):
+            logits = torch.einsum("ud,ecd->euc", self.features, weights) + biases.unsqueeze(1)
+            spread = (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,)
+            scale = SPREAD / spread / len(self.learners)
+            layers.append((weights * scale.view(-1, 1, 1), biases * scale.view(-1, 1)))
+        return torch.stack([weights for weights, _ in layers]).sum(0), torch.stack([biases for _, biases in layers]).sum(0)

@@ -24,11 +24,21 @@ import plots
 from config import FASHION_MNIST, Settings, UserError, resolve, setting
 from data_preprocessing import load_data, shuffle, training_settings
 from device import choose_device, move
+from layers import Concatenation
 from metrics import wilson_interval
 from model import Classifier, build_model, freeze, load_model
 from script import load_settings, run_script
 from trainer import infer
-from transfer.few_shot import DATA_SET, PHOTOGRAPHS, AdamLearner, FisherLearner, MeanLearner, Source, similar_class
+from transfer.few_shot import (
+    DATA_SET,
+    PHOTOGRAPHS,
+    AdamLearner,
+    FisherLearner,
+    LogisticLearner,
+    MeanLearner,
+    Source,
+    similar_class,
+)
 from transfer.shoe_images import Part, draw_picks, load_shoes, read_parts
 
 UNLABELLED = 1_500  # training images, used without their labels
@@ -97,9 +107,14 @@ def build_learners(
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
-    fisher = FisherLearner(trained_features, *common)
     adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
-    ours = fisher if source is DATA_SET else MeanLearner(fisher, adam)
+    ours: FisherLearner | MeanLearner
+    if source is DATA_SET:
+        ours = FisherLearner(trained_features, *common)
+    else:
+        parts = model.features[0]
+        sizes = parts.sizes if isinstance(parts, Concatenation) else [first.in_features]
+        ours = MeanLearner([adam, LogisticLearner(trained_features, unlabelled, sizes)], unlabelled)
     if only_ours:
         return {OURS: ours}
     return {

@@ -168,19 +168,39 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
         assert torch.allclose(biases[episode], layer.bias, atol=1e-5)
 
 
-def test_the_mean_learner_gives_the_references_logits_twice_the_weight(train_data):
-    fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
-    adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
-    mean, images = few_shot.MeanLearner(fisher, adam), train_data[0][:4]
-    features = fisher.unlabelled * fisher.length + fisher.mean
-    logits = []
-    for learner in (mean, fisher, adam):
-        fisher.generator.manual_seed(0)  # the same distorted copies
-        weights, biases = learner.fit(learner.embed(images).view(1, 2, 2, -1))
-        logits.append(features @ weights[0].T + biases[0])
-    margins = [each[:, 0] - each[:, 1] for each in logits]
-    expected = (margins[1] + 2 * margins[2] * margins[1].square().mean().sqrt() / margins[2].square().mean().sqrt()) / 3
-    assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
+@pytest.mark.parametrize("classes", [2, 3])
+def test_logistic_regression_separates_the_supports_of_each_episode(classes):
+    torch.manual_seed(0)
+    supports = torch.randn(3, classes, 4, 20)
+    learner = few_shot.LogisticLearner(lambda x: x, torch.randn(50, 20), [20])
+    weights, biases = learner.fit(supports)
+    logits = torch.einsum("eckd,ejd->eckj", supports, weights) + biases.view(3, 1, 1, classes)
+    assert (logits.argmax(3) == torch.arange(classes).view(1, classes, 1)).all()
+
+
+def test_features_that_know_no_difference_between_the_classes_have_little_weight():
+    torch.manual_seed(0)
+    supports = torch.randn(1, 2, 5, 20)
+    supports[:, 1, :, :10] += 2  # the first ten features tell the classes apart
+    weights, _ = few_shot.LogisticLearner(lambda x: x, torch.randn(50, 20), [10, 10]).fit(supports)
+    assert weights[..., :10].norm() > 10 * weights[..., 10:].norm()
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots):
+    torch.manual_seed(0)
+    unlabelled, supports = torch.randn(50, 20), torch.randn(1, 2, shots, 20)
+    learners = [
+        few_shot.AdamLearner(lambda x: x, torch.nn.Linear(20, 2), steps=30, lr=0.01),
+        few_shot.LogisticLearner(lambda x: x, unlabelled, [12, 8]),
+    ]
+    margins = []
+    for learner in (few_shot.MeanLearner(learners, unlabelled), *learners):
+        weights, biases = learner.fit(supports)
+        logits = unlabelled @ weights[0].T + biases[0]
+        margins.append((logits - logits.mean(1, keepdim=True))[:, 0])
+    expected = sum(margin * few_shot.SPREAD / torch.cat([margin, -margin]).std() for margin in margins[1:]) / 2
+    assert torch.allclose(margins[0], expected, atol=1e-4)
 
 
 def test_supports_are_of_their_class_and_drawn_without_replacement():
