@@ -20,7 +20,7 @@ SHIFT = 2.0  # pixels, either way
 GAMMA = 2.0  # grey values to the power of 1/2 to 2: leather may be light or dark
 SHRINKAGE = 0.001  # of the directions in which distortions move the features
 PENALTY = 0.0003  # of the squared weights in LogisticLearner; chosen, as SPREAD, on photographs
-SPREAD = 2.2  # standard deviation of MeanLearner's logits over the unlabelled images
+SPREAD = 2.4  # standard deviation of MeanLearner's logits over the unlabelled images
 RESEMBLANCE = 0.7  # standard deviations: the pool's boots are at 0.2 to 0.3, photographs from elsewhere at 1.4 to 3.4
 
 
@@ -191,24 +191,25 @@ class LogisticLearner:
 
 
 class MeanLearner:
-    """The mean of learners' logits, for photographs: the learners fail on different ones.
+    """The mean of three learners' logits, for photographs: the learners fail on different ones.
 
     Each one's logits are scaled to the same standard deviation over the unlabelled images.
     """
 
-    def __init__(self, learners: Sequence[AdamLearner | LogisticLearner], unlabelled: torch.Tensor):
-        self.learners, self.extract = learners, learners[0].extract
-        self.features = self.extract(unlabelled)  # (U, D)
+    def __init__(self, fisher: FisherLearner, adam: AdamLearner, logistic: LogisticLearner):
+        self.fisher, self.others, self.extract = fisher, (adam, logistic), fisher.extract
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        return self.extract(images)
+        return torch.cat([self.fisher.embed(images), self.extract(images)], 1)  # (N, 2 * D)
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As FisherLearner's, from supports' features."""
-        layers = []
-        for weights, biases in (learner.fit(supports) for learner in self.learners):
-            logits = torch.einsum("ud,ecd->euc", self.features, weights) + biases.unsqueeze(1)
-            spread = (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,)
-            scale = SPREAD / spread / len(self.learners)
-            layers.append((weights * scale.view(-1, 1, 1), biases * scale.view(-1, 1)))
-        return torch.stack([weights for weights, _ in layers]).sum(0), torch.stack([biases for _, biases in layers]).sum(0)
+        """As FisherLearner's, from supports `(E, C, K, 2 * D)`."""
+        own, features = supports.chunk(2, 3)
+        unlabelled = self.fisher.unlabelled * self.fisher.length + self.fisher.mean  # (U, D), raw but for their length
+        all_weights, all_biases = [], []
+        for weights, biases in (self.fisher.fit(own), *(learner.fit(features) for learner in self.others)):
+            logits = torch.einsum("ud,ecd->euc", unlabelled, weights) + biases.unsqueeze(1)
+            scale = SPREAD / (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,)
+            all_weights.append(weights * scale.view(-1, 1, 1))
+            all_biases.append(biases * scale.view(-1, 1))
+        return torch.stack(all_weights).mean(0), torch.stack(all_biases).mean(0)

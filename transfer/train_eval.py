@@ -108,13 +108,12 @@ def build_learners(
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
     adam = AdamLearner(trained_features, first.cpu(), steps=100, lr=0.001)
-    ours: FisherLearner | MeanLearner
-    if source is DATA_SET:
-        ours = FisherLearner(trained_features, *common)
-    else:
+    fisher = FisherLearner(trained_features, *common)
+    ours: FisherLearner | MeanLearner = fisher
+    if source is PHOTOGRAPHS:
         parts = model.features[0]
         sizes = parts.sizes if isinstance(parts, Concatenation) else [first.in_features]
-        ours = MeanLearner([adam, LogisticLearner(trained_features, unlabelled, sizes)], unlabelled)
+        ours = MeanLearner(fisher, adam, LogisticLearner(trained_features, unlabelled, sizes))
     if only_ours:
         return {OURS: ours}
     return {
