@@ -209,7 +209,8 @@ class MeanLearner:
         all_weights, all_biases = [], []
         for weights, biases in (self.fisher.fit(own), *(learner.fit(features) for learner in self.others)):
             logits = torch.einsum("ud,ecd->euc", unlabelled, weights) + biases.unsqueeze(1)
-            scale = SPREAD / (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,)
+            spread = (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,); 0 if all classes have the same images
+            scale = SPREAD / spread.clamp(min=1e-6)
             all_weights.append(weights * scale.view(-1, 1, 1))
             all_biases.append(biases * scale.view(-1, 1))
         return torch.stack(all_weights).mean(0), torch.stack(all_biases).mean(0)

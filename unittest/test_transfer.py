@@ -202,6 +202,14 @@ def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots, train_da
     assert torch.allclose(margins[0], expected, atol=1e-3 * margins[0].abs().max().item())
 
 
+def test_the_same_image_in_both_classes_gives_a_layer_all_the_same(train_data):
+    fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
+    adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=2, lr=0.01)
+    mean = few_shot.MeanLearner(fisher, adam, few_shot.LogisticLearner(fisher.extract, train_data[0][:300], [784]))
+    supports = mean.embed(train_data[0][:1]).expand(1, 2, 2, -1)
+    assert all(part.isfinite().all() for part in mean.fit(supports))
+
+
 def test_supports_are_of_their_class_and_drawn_without_replacement():
     picks = shoe_images.draw_picks((5, 9), 4, 50, torch.Generator().manual_seed(0))
     assert picks.shape == (50, 2, 4)
