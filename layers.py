@@ -97,15 +97,13 @@ class PreActivationBlock(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """The features `(N, D)` of several networks, side by side, each multiplied by its scale.
+    """The features `(N, D)` of several networks, side by side, `sizes` of them, each multiplied by its scale.
 
     Of images with several views, `(N, V, 28, 28)`, each network reads as many of the first as `views` says, one by one, and
     its features are their mean.
     """
 
-    def __init__(
-        self, networks: Sequence[nn.Module], sizes: Sequence[int], scales: Sequence[float], views: Sequence[int]
-    ):  # `sizes`: how many features each network has
+    def __init__(self, networks: Sequence[nn.Module], sizes: Sequence[int], scales: Sequence[float], views: Sequence[int]):
         super().__init__()
         self.networks, self.sizes, self.scales, self.views = nn.ModuleList(networks), sizes, scales, views
 

@@ -150,18 +150,13 @@ class LogisticLearner:
     doesn't know the difference adds noise only.
     """
 
-    def __init__(self, extract: Extract, unlabelled: torch.Tensor, sizes: Sequence[int]):
-        """`sizes`: how many features each network has, D in all."""
-        self.extract, self.sizes = extract, sizes
-        features = extract(unlabelled)
-        self.mean = features.mean(0)
-        self.lengths = [part.square().sum(1).mean().sqrt() for part in (features - self.mean).split(sizes, 1)]
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        return self.extract(images)
+    def __init__(self, unlabelled: torch.Tensor, sizes: Sequence[int]):
+        """`unlabelled`: features `(U, D)`; `sizes`: how many each network has, D in all."""
+        self.mean, self.sizes = unlabelled.mean(0), sizes
+        self.lengths = [part.square().sum(1).mean().sqrt() for part in (unlabelled - self.mean).split(sizes, 1)]
 
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As FisherLearner's."""
+        """As FisherLearner's, from supports' features."""
         from sklearn.linear_model import LogisticRegression  # here: it takes a second to import
 
         _, classes, shots, _ = supports.shape

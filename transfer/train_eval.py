@@ -113,7 +113,7 @@ def build_learners(
     if source is PHOTOGRAPHS:
         parts = model.features[0]
         sizes = parts.sizes if isinstance(parts, Concatenation) else [first.in_features]
-        ours = MeanLearner(fisher, adam, LogisticLearner(trained_features, unlabelled, sizes))
+        ours = MeanLearner(fisher, adam, LogisticLearner(trained_features(unlabelled), sizes))
     if only_ours:
         return {OURS: ours}
     return {

@@ -172,7 +172,7 @@ def test_adam_layers_are_those_of_torchs_adam_on_each_episode():
 def test_logistic_regression_separates_the_supports_of_each_episode(classes):
     torch.manual_seed(0)
     supports = torch.randn(3, classes, 4, 20)
-    learner = few_shot.LogisticLearner(lambda x: x, torch.randn(50, 20), [20])
+    learner = few_shot.LogisticLearner(torch.randn(50, 20), [20])
     weights, biases = learner.fit(supports)
     logits = torch.einsum("eckd,ejd->eckj", supports, weights) + biases.view(3, 1, 1, classes)
     assert (logits.argmax(3) == torch.arange(classes).view(1, classes, 1)).all()
@@ -182,7 +182,7 @@ def test_features_that_know_no_difference_between_the_classes_have_little_weight
     torch.manual_seed(0)
     supports = torch.randn(1, 2, 5, 20)
     supports[:, 1, :, :10] += 2  # the first ten features tell the classes apart
-    weights, _ = few_shot.LogisticLearner(lambda x: x, torch.randn(50, 20), [10, 10]).fit(supports)
+    weights, _ = few_shot.LogisticLearner(torch.randn(50, 20), [10, 10]).fit(supports)
     assert weights[..., :10].norm() > 10 * weights[..., 10:].norm()
 
 
@@ -190,12 +190,14 @@ def test_features_that_know_no_difference_between_the_classes_have_little_weight
 def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots, train_data):
     fisher, images = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS), train_data[0][: 2 * shots]
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
-    logistic = few_shot.LogisticLearner(fisher.extract, train_data[0][:300], [400, 384])
+    logistic = few_shot.LogisticLearner(fisher.extract(train_data[0][:300]), [400, 384])
     features = fisher.unlabelled * fisher.length + fisher.mean
     margins = []
-    for learner in (few_shot.MeanLearner(fisher, adam, logistic), fisher, adam, logistic):
+    mean = few_shot.MeanLearner(fisher, adam, logistic)
+    inputs = ((mean, mean.embed), (fisher, fisher.embed), (adam, fisher.extract), (logistic, fisher.extract))
+    for learner, embed in inputs:
         fisher.generator.manual_seed(0)  # the same distorted copies
-        weights, biases = learner.fit(learner.embed(images).view(1, 2, shots, -1))
+        weights, biases = learner.fit(embed(images).view(1, 2, shots, -1))
         logits = features @ weights[0].T + biases[0]
         margins.append((logits - logits.mean(1, keepdim=True))[:, 0])
     expected = sum(margin * few_shot.SPREAD / torch.cat([margin, -margin]).std() for margin in margins[1:]) / 3
@@ -205,7 +207,7 @@ def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots, train_da
 def test_the_same_image_in_both_classes_gives_a_layer_all_the_same(train_data):
     fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=2, lr=0.01)
-    mean = few_shot.MeanLearner(fisher, adam, few_shot.LogisticLearner(fisher.extract, train_data[0][:300], [784]))
+    mean = few_shot.MeanLearner(fisher, adam, few_shot.LogisticLearner(fisher.extract(train_data[0][:300]), [784]))
     supports = mean.embed(train_data[0][:1]).expand(1, 2, 2, -1)
     assert all(part.isfinite().all() for part in mean.fit(supports))
 
