@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import train
-from config import ROOT, UserError
+from config import ROOT, UserError, config_path, read_config
 from script import run_script
 from tools import fuzz
 from tools.fuzz import Trials, ending
@@ -160,10 +160,14 @@ def bits(folder: Path) -> Trials:
         outcomes = []
         for recipe in recipes:
             states: list = []
+            settings = {} if recipe == "gan" else read_config(config_path(recipe))
+            words = ["valid_ratio=0.02"] if settings.get("valid_ratio", 0.1) else []  # 0: the teacher has seen all images
+            if not (ROOT / settings.get("teacher", "")).exists():
+                words.append("teacher=")  # it is too large to be part of the repository
             for repeat in ("a", "b"):
                 out = folder / f"{recipe} {threads} {repeat}"
                 script = ["gan/train.py"] if recipe == "gan" else ["train.py", "runs=1", f"recipe={recipe}"]
-                command = [sys.executable, *script, "limit=600", "epochs=2", "valid_ratio=0.02", f"out_dir={out}"]
+                command = [sys.executable, *script, "limit=600", "epochs=2", *words, f"out_dir={out}"]
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
                 state = checkpoint.load(out / "checkpoint.pt", "checkpoint", "gan_checkpoint")
