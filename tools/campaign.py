@@ -161,7 +161,7 @@ def bits(folder: Path) -> Trials:
         for recipe in recipes:
             states: list = []
             settings = {} if recipe == "gan" else read_config(config_path(recipe))
-            words = ["valid_ratio=0.02"] if settings.get("valid_ratio", 0.1) else []  # 0: the teacher has seen all images
+            words = [] if settings.get("valid_ratio") == 0 else ["valid_ratio=0.02"]  # a teacher may have seen all images
             if not (ROOT / settings.get("teacher", "")).exists():
                 words.append("teacher=")  # it is too large to be part of the repository
             for repeat in ("a", "b"):
