@@ -274,13 +274,13 @@ def draw_ladder(rungs: Mapping[str, Sequence[dict]], ordinary: Mapping[str, Sequ
         axes = figure.subplots()
         for (name, epochs), colour in zip(ordinary.items(), ("0.4", "0.7")):
             seconds, _, accuracies = zip(*epochs)
-            axes.plot(seconds, accuracies, "o-", color=colour, markersize=3, label=f"{name} through DataLoader, by epoch")
+            axes.plot(seconds, accuracies, "o-", color=colour, markersize=3, label=f"{name}, DataLoader, validation")
         for name, rows in rungs.items():
             points = np.array([(row["seconds"], row["accuracy"]) for row in rows])
             axes.plot(*points.T, "o", color=BLUE, markersize=4)
             x, y = points.mean(0)
             axes.annotate(f"{name}: {y:.2%} in {x:.3g} s", (x, y), (0, 12), textcoords="offset points", color=BLUE, ha="center")
-        axes.set(xscale="log", xlabel="seconds of the whole process, two cores", ylabel="accuracy", title="What accuracy costs")
+        axes.set(xscale="log", xlabel="seconds of the whole process, two cores", ylabel="accuracy", title="Accuracy and time")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.margins(0.12)

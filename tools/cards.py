@@ -28,7 +28,7 @@ USES = {
     "photographs below: expect a little less on yours.",
     "task 1": "Teaching; clothes or shoe in images of the data set's format; the features of Task 2; which way a shoe points.",
     "task 2": "Teaching; a start for two or more classes of your own (`shoes_dir=`).",
-    "gan": "Teaching; images of a class. As further training images they did not help here (NOTES.md).",
+    "gan": "Teaching; images of a class. As further training images they did not help here (RESULTS.md).",
 }
 LIMITS = (
     "It has learned from catalogue pictures of one shop, and some of their labels are wrong ([DATA.md]({root}DATA.md)): "
