@@ -52,6 +52,8 @@ def parse_augment(text: str) -> dict[str, float]:
         name, _, strength = item.partition(":")
         if name not in AUGMENTATIONS:
             raise ValueError(f"{name!r} is no augmentation; known: {', '.join(AUGMENTATIONS)}")
+        if name in strengths:
+            raise ValueError(f"{name} is named twice; name it once")
         default, top, _ = AUGMENTATIONS[name]
         try:
             strengths[name] = float(strength or default)
@@ -233,7 +235,7 @@ class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSet
 
     @model_validator(mode="after")
     def _has_validation_images(self) -> "TrainSettings":
-        if not self.valid_ratio and (self.patience or self.schedule == "plateau"):
+        if not (self.valid_ratio or getattr(self, "folds", 0)) and (self.patience or self.schedule == "plateau"):
             word = f"patience={self.patience}" if self.patience else "schedule=plateau"
             raise ValueError(f"{word}: needs validation images; use a valid_ratio above 0")
         return self

@@ -24,7 +24,7 @@ CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", 
 CLOTHES_OR_SHOE = ("clothes", "shoe")  # Task 1's classes
 SHOES = (5, 7, 9)  # fine labels
 TITLES = {FASHION_MNIST: "Fashion-MNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # of the data sets that are no folders
-DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo", "seed": 0}  # of settings that older files lack
+DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo"}  # of settings that older files lack
 TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 
 
@@ -49,9 +49,9 @@ def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
 
     Raises UserError if the data set is not there, or not as it should be.
     """
-    name, prepare, seed = ({**DEFAULTS, **settings}[key] for key in DEFAULTS)
+    name, prepare = ({**DEFAULTS, **settings}[key] for key in DEFAULTS)
     if name not in TITLES:
-        return _load_folder(name, split, prepare, seed)
+        return _load_folder(name, split, prepare)
     split = {"train": "train", "test": "t10k"}[split]
     if name == FASHION_MNIST:
         images, labels = load_images(split, data_path)
@@ -145,8 +145,10 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
     return classes
 
 
-def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
-    """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split."""
+def _load_folder(name: str, split: str, prepare: str) -> Dataset:
+    """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split.
+
+    It is the same for every seed, so that no training has seen the test images of another."""
     from photo import printable, read_views  # here, because only folders need Pillow
 
     folder = resolve(name)
@@ -165,10 +167,10 @@ def _load_folder(name: str, split: str, prepare: str, seed: int) -> Dataset:
     images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
     if not has_test:
-        train, test = split_indices(labels, TEST_RATIO, seed, f"{folder}: has no folder test, and test_ratio")
-        print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing (seed={seed})")
-        kept = test if split == "test" else train.sort().values
-        images, labels = images[kept], labels[kept]
+        train, test = split_indices(labels, TEST_RATIO, 0, f"{folder}: has no folder test, and test_ratio")
+        print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing")
+        members = test if split == "test" else train.sort().values
+        images, labels = images[members], labels[members]
     return Dataset(images, labels, tuple(map(printable, classes)), labels)
 
 
@@ -253,11 +255,8 @@ def load_splits(settings, device: torch.device, folds: int = 0, runs: int = 1) -
 
 def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of all pixels of the uint8 images at `indices`, on the scale where 255 is 1."""
-    total = squares = 0.0
-    for chunk in indices.split(4096):  # 54,000 images at once would take 170 MB in float32
-        pixels = images[chunk].cpu().float()  # not every device has float64
-        total += pixels.sum(dtype=torch.float64).item()
-        squares += pixels.square_().sum(dtype=torch.float64).item()
-    count = images[0].numel() * len(indices)
-    mean = total / count
-    return mean / 255, math.sqrt(squares / count - mean**2) / 255
+    chunks = indices.split(4096)  # all at once would be another 42 MB
+    counts = torch.stack([images[chunk].cpu().flatten().bincount(minlength=256) for chunk in chunks]).sum(0)  # (256,)
+    levels, total = torch.arange(256), counts.sum().item()
+    mean = (counts * levels).sum().item() / total
+    return mean / 255, math.sqrt((counts * levels**2).sum().item() / total - mean**2) / 255

@@ -158,13 +158,13 @@ class Page:
                 names, galleries = zip(*classes)
                 with gr.Row():
                     example, button = gr.Button("Fill in an example"), gr.Button("Learn", variant="primary")
-                told, learned = gr.HTML(visible=False), gr.State()
+                message, learned = gr.HTML(visible=False), gr.State()
                 with gr.Column(visible=False) as trial:
                     query, outputs = self.add_trial("A new photograph", self.queries)
                 query.change(self.show, [learned, query], outputs)
                 filled = ["flats", self.supports[:2], "heels", self.supports[2:]]
                 example.click(lambda: filled, None, [*classes[0], *classes[1]])
-                button.click(self.on_learn, [*names, *galleries], [learned, told, trial, query])
+                button.click(self.on_learn, [*names, *galleries], [learned, message, trial, query])
         return page
 
     def serve(self, port: int) -> str:

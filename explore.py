@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 
 import plots
 from augmentation import augment
-from config import Augment, DataSettings, RecipeSettings, ValidRatio, parse_augment
-from data_preprocessing import Dataset, as_task, load_data, split_indices
+from config import Augment, DataSettings, RecipeSettings, parse_augment, setting
+from data_preprocessing import Dataset, as_task, load_data, shuffle, split_indices
 from metrics import nearest
 from script import load_settings, run_script
 
@@ -28,7 +28,7 @@ PAIRS = 30  # in the picture
 class ExploreSettings(DataSettings, RecipeSettings):
     """Exploration"""
 
-    valid_ratio: ValidRatio = 0.1
+    valid_ratio: float = setting(0.1, "fraction of the training images used for validation", ge=0, lt=1)
     augment: Augment = ""
 
 
@@ -45,15 +45,16 @@ def draw_images(data: Dataset, train: torch.Tensor, settings: ExploreSettings, f
     plots.draw_sheet(samples.numpy(), titles, COLUMNS, "Training images", folder / "samples.png")
     means = {name: images[indices].float().mean((0, 1)) for name, indices in zip(data.class_names, by_class) if len(indices)}
     plots.draw_sheet(torch.stack([*means.values()]).numpy(), [*means], 5, "Mean image of each class", folder / "means.png")
-    originals = torch.cat([images[indices[:1]] for indices in by_class])
+    firsts = torch.cat([indices[:1] for indices in by_class]).repeat_interleave(COLUMNS)
     generator = torch.Generator().manual_seed(settings.seed)
-    labels = torch.arange(len(originals))
-    versions = [originals, *(augment(originals, labels, settings.augment, generator) for _ in range(COLUMNS - 1))]
-    grid = torch.stack(versions, 1).flatten(0, 2)  # (C, COLUMNS, 1, 28, 28) -> (C * COLUMNS, 28, 28)
-    titles = ["original", *[""] * (COLUMNS - 1)] * len(originals)
+    order = shuffle(torch.arange(len(firsts)), generator)  # the last images of a batch become scenes
+    grid, chosen = torch.empty_like(images[firsts, :1]), firsts[order]  # (C * COLUMNS, 1, 28, 28)
+    grid[order] = augment(images[chosen, :1], data.labels[chosen], settings.augment, generator)
+    grid[::COLUMNS] = images[firsts[::COLUMNS], :1]
+    titles = ["original", *[""] * (COLUMNS - 1)] * (len(grid) // COLUMNS)
     heading = f"Augmented training images: augment={settings.augment or '(none)'}"
     heading += ", without the generated images" if "gan" in parse_augment(settings.augment) else ""
-    plots.draw_sheet(grid.numpy(), titles, COLUMNS, heading, folder / "augmented.png")
+    plots.draw_sheet(grid[:, 0].numpy(), titles, COLUMNS, heading, folder / "augmented.png")
 
 
 def report_copies(data: Dataset, test: Dataset, path: Path) -> None:
@@ -92,7 +93,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'class':12}" + "".join(f"{split:>12}" for split in counts))
     for name, *row in zip(names, *counts.values()):
         print(f"{name:12}" + "".join(f"{count:12,}" for count in row))
-    levels = torch.bincount(data.images[train].flatten().int(), minlength=256)
+    levels = torch.bincount(data.images[train].flatten(), minlength=256)
     plots.draw_classes(counts, names, levels.numpy(), folder / "classes.png")
     draw_images(data, train, settings, folder)
     report_copies(data, test, folder / "pairs.png")

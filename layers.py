@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
         self.residual = nn.Sequential(
             conv3x3(channels, output_channels, stride),
             nn.BatchNorm2d(output_channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             conv3x3(output_channels, output_channels),
             nn.BatchNorm2d(output_channels),
         )
@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
         if stride > 1 or channels != output_channels:
             self.shortcut.append(nn.Conv2d(channels, output_channels, 1, stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(output_channels))
-        self.activation = nn.ReLU(inplace=True)
+        self.activation = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activation(self.residual(x).add_(self.shortcut(x)))
@@ -80,11 +80,11 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, channels: int, output_channels: int, stride: int, convolution: Callable[..., nn.Module] = conv3x3):
         super().__init__()
-        self.activation = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.activation = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
         self.residual = nn.Sequential(
             convolution(channels, output_channels, stride),
             nn.BatchNorm2d(output_channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             convolution(output_channels, output_channels),
         )
         self.shortcut = None

@@ -88,11 +88,11 @@ class Classifier(nn.Module):
 
 
 def _conv_pool(channels: int, output_channels: int, size: int, padding: int = 0) -> list[nn.Module]:
-    return [nn.Conv2d(channels, output_channels, size, padding=padding), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
+    return [nn.Conv2d(channels, output_channels, size, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
 
 
 def _dense(dim: int, output_dim: int, dropout: float = 0.0) -> list[nn.Module]:
-    return [nn.Linear(dim, output_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return [nn.Linear(dim, output_dim), nn.ReLU(), nn.Dropout(dropout)]
 
 
 def cnn(output_dim: int) -> Classifier:
@@ -155,7 +155,7 @@ def compact_cnn(output_dim: int) -> Classifier:
 def _resnet(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
     """A 3x3 convolution to 16 channels, then stages of residual blocks; a stage lists the channels of its blocks. The side
     halves from one stage to the next: 28, 14, 7."""
-    layers: list[nn.Module] = [conv3x3(1, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [conv3x3(1, 16), nn.BatchNorm2d(16), nn.ReLU()]
     channels = 16
     for stage, blocks in enumerate(stages):
         for block, output_channels in enumerate(blocks):
@@ -178,7 +178,7 @@ def _preactivation_resnet(
     for before, after, stride in zip((channels[0], *channels), channels, (1, 2, 2)):
         layers.append(PreActivationBlock(before, after, stride, convolution))
         layers += [PreActivationBlock(after, after, 1, convolution) for _ in range(blocks - 1)]
-    layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True)]
+    layers += [nn.BatchNorm2d(channels[-1]), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 7, 7) -> (N, channels)
     return Classifier(nn.Sequential(*layers), channels[-1], output_dim)
 
@@ -213,7 +213,7 @@ def _fast_cnn(output_dim: int, *stages: tuple[int, ...]) -> Classifier:
             layers.append(convolution(channels, output_channels, 3, padding=1, bias=False))
             if number == len(stage):
                 layers.append(nn.MaxPool2d(2))
-            layers += [nn.BatchNorm2d(output_channels), nn.ReLU(inplace=True)]
+            layers += [nn.BatchNorm2d(output_channels), nn.ReLU()]
             channels = output_channels
     layers += [nn.Flatten(), nn.Dropout(0.0)]  # (N, channels, 3, 3) -> (N, channels * 9)
     return Classifier(nn.Sequential(*layers), channels * 3 * 3, output_dim)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, also under PYTHONSAFEPATH
 
@@ -82,14 +83,17 @@ def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_sh
     table = io.StringIO()
     csv.writer(table).writerows([COLUMNS, *rows])
     checkpoint.write_atomically(out / "predictions.csv", table.getvalue().encode())
-    for page, first in enumerate(range(0, len(files), plots.MAX_PREDICTIONS), 1):
+    for old in (out / "plots").glob("prediction_*.png"):  # a page that this command may not have
+        old.unlink()
+    firsts = range(0, len(files), plots.MAX_PREDICTIONS)
+    for page, first in enumerate(tqdm(firsts, "pictures", disable=None if len(firsts) > 1 else True, leave=False), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
         originals, labels = [photograph.picture for photograph in photographs[part]], probabilities[part].argmax(1).tolist()
         maps = [occlusion_maps(model, some, label).numpy() for some, label in zip(views[part], labels)]  # (V, 28, 28) each
         inputs, chances, unknown = list(views[part].numpy()), probabilities[part].numpy(), [None] * len(maps)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
         plots.draw_predictions(originals, inputs, maps, titles[part], chances, names, unknown, path)
-        print(f"wrote {path}")
+        tqdm.write(f"wrote {path}")
 
 
 def is_setting(word: str) -> bool:

@@ -58,7 +58,10 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Lock the folder and defer Ctrl-C and SIGTERM; after one of them, print the command that continues."""
         with interrupts.lock_folder(self.out) if distributed.rank() == 0 else nullcontext(), interrupts.deferred():
-            if self.saved:  # somebody may have removed it
+            if self.saved:
+                if checkpoint.load(self.path, self.kind)["history"] != self.history:  # it was read before the folder was locked
+                    raise UserError(f"{self.path}: another run has written to it meanwhile; give the command again")
+                # somebody may have removed it
                 checkpoint.write_history(self.out / "history.jsonl", self.saved["settings"], self.history)
             try:
                 yield

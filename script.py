@@ -56,6 +56,15 @@ def load_settings(arguments: list[str], settings_type: type[SomeSettings]) -> So
         raise UserError((f"{path}: " if is_files else "") + _explain(problem, settings_type)) from None
 
 
+def check_no_settings(arguments: list[str], description: str | None) -> None:
+    """For a script without settings: `help` prints its description and exits with 0. Raises UserError for another word."""
+    if HELP & set(arguments):
+        print(description)
+        raise SystemExit(0)
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not understood; this script has no settings")
+
+
 def _typed(settings_type: type[Settings], key: str, text: str) -> object:
     """The text as the setting's declared type where it reads as one, else unchanged, for pydantic to refuse."""
     field = settings_type.model_fields.get(key)

@@ -110,14 +110,13 @@ class EMA(Generic[SomeModel]):
 
     def __init__(self, model: SomeModel, decay: float):
         self.model, self.decay = copy.deepcopy(model), decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
         pairs = zip(self.model.state_dict().values(), model.state_dict().values())
         # all but counts of batches and the normalisation's two scalars, which don't change
-        means, latest = zip(*(pair for pair in pairs if pair[0].is_floating_point() and pair[0].ndim))
-        torch._foreach_lerp_(means, latest, 1 - decay)
+        self.means, self.latest = zip(*(pair for pair in pairs if pair[0].is_floating_point() and pair[0].ndim))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.means, self.latest, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
@@ -199,13 +198,13 @@ class Trainer:
         self.model = build_model(output_dim=classes, **settings.model_dump(include=model_keys))
         if settings.pretrained:
             load_imagenet_weights(self.model)
-        if settings.finetune:
+        self.model.set_statistics(mean, std, images[train[:2000]].cpu())
+        if settings.finetune:  # after a whitened first layer was fitted, because the layers above know the other model's
             path = resolve(settings.finetune)
             start = load_model(path)
-            if training_settings(start.metadata)["data"] == settings.data:  # else it can't have seen the validation images
+            if resolve(training_settings(start.metadata)["data"]) == resolve(settings.data):  # else it has seen none of these
                 checkpoint.check_same_split(path, start.metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
             checkpoint.load_parameters(self.model.features, start.features.state_dict(), path)
-        self.model.set_statistics(mean, std, images[train[:2000]].cpu())
         if settings.batch_norm:
             add_batch_norm(self.model)
         move(self.model, self.device)
@@ -251,19 +250,19 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:
-                self.ema.update(self.model, step + 1)
+                self.ema.update(step + 1)
             results = distributed.gather_rows(results.detach(), len(indices))  # (B, 2)
             if self.sampler:
-                known = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
-                self.sampler.record(indices[:known], results[:known, 0])
+                plain = plain_count(len(indices), self.scene_fraction)  # a scene's loss says little of its garment's
+                self.sampler.record(indices[:plain], results[:plain, 0])
             seen += len(indices)
             sums += results.sum(0)
             done = step - first_step + 1
             if done % 20 == 1 or done == len(bar):  # not after every batch: a GPU waits while a result is read
                 mean_loss, accuracy = (sums / seen).tolist()
-                known = mean_loss + loss.item()  # the mean cross-entropy, and all terms of the last batch's loss
-                if not math.isfinite(known):
-                    raise UserError(f"the loss is {known} by batch {done}; a smaller lr may help")
+                total = mean_loss + loss.item()  # the mean cross-entropy, and all terms of the last batch's loss
+                if not math.isfinite(total):
+                    raise UserError(f"the loss is {total} by batch {done}; a smaller lr may help")
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}")
             interrupts.check()
         return mean_loss, accuracy
@@ -276,6 +275,8 @@ class Trainer:
         try:
             valid_losses = [line["valid_loss"] for line in epochs if "valid_loss" in line]
             train_loss, train_accuracy = self.train_epoch(epoch, valid_losses)
+            for model in (self.model, self.ema.model) if self.ema else (self.model,):
+                distributed.broadcast_buffers(model)
             if epoch == 1 and self.sampler and self.counts[0] < len(self.train):
                 self.score_unseen(self.sampler)
             validation = self.validate() if len(self.valid_labels) else {}
@@ -309,7 +310,6 @@ class Trainer:
 
     def infer(self, model: Classifier, images: torch.Tensor) -> torch.Tensor:
         """The logits `(N, C)` of all images; each process computes its shard."""
-        distributed.broadcast_buffers(model)
         return distributed.gather_rows(infer(model, distributed.shard(images), self.precision), len(images))
 
     @property

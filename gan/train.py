@@ -79,7 +79,7 @@ class GanTrainer:
             if not torch.isfinite(losses).all():
                 raise UserError(f"epoch {epoch}: a loss is {losses.tolist()} in batch {number + 1}; a smaller lr may help")
             totals += losses.cpu()
-            self.ema.update(self.generator, step)
+            self.ema.update(step)
             interrupts.check()
         noise, classes = fixed_noise(GRID_COLUMNS)
         self.samples.append(generate(self.eval_model, classes.to(self.device), noise.to(self.device)).squeeze(1).cpu())

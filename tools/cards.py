@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 from config import ROOT, UserError, config_path, parse_augment, read_config
-from script import run_script
+from script import check_no_settings, run_script
 from tools.results import read_seeds
 
 BUFFERS = ("mean", "std", "running_mean", "running_var", "num_batches_tracked")  # no parameters
@@ -154,8 +154,7 @@ def checksums(paths: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise UserError(f"{arguments[0]!r} is not understood; cards.py takes no settings")
+    check_no_settings(arguments, __doc__)
     paths = networks()
     for network in paths:
         if Path(network).stem in ("best_model", "generator"):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 from config import ROOT, Settings
 from data_preprocessing import load_images
+from script import check_no_settings, run_script
 
 LEFT_OUT = {"pip", "pytest", "tools/bench.py", "demo.py", "jupyter"}
 DRY = {"train.py": ["epochs=1", "limit=1000"], "tune.py": ["epochs=1", "limit=1000", "trials=2"]}
@@ -51,7 +52,8 @@ def dry(words: list[str]) -> list[str]:
     return [sys.executable, *launcher, *command[1:]]
 
 
-def main() -> int:
+def main(arguments: list[str]) -> None:
+    check_no_settings(arguments, __doc__)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "repository")
@@ -71,8 +73,9 @@ def main() -> int:
                 failed += 1
                 print(ended.stderr[-1000:])
     print(f"{failed} failed")
-    return int(failed > 0)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -27,17 +27,17 @@ SURE = 0.9  # a probability from which on an answer is called sure
 def accepted_labels(folder: str) -> set[int]:
     """The fine labels that are right for photographs in this folder; none if the data set has no such class."""
     name = folder.lower().replace("_", " ")
-    names = [each.lower() for each in CLASS_NAMES]
+    names = [class_name.lower() for class_name in CLASS_NAMES]
     if name == "shoes":
         return set(SHOES)
     return {names.index(ALIASES.get(name, name))} if ALIASES.get(name, name) in names else set()
 
 
 def read_backgrounds(folder: Path) -> dict[Path, str]:
-    for place in (folder, folder.parent):
-        if (place / "index.json").exists():
-            groups = json.loads((place / "index.json").read_text()).values()
-            return {place / entry["file"]: entry["background"] for group in groups for entry in group}
+    for root in (folder, folder.parent):
+        if (root / "index.json").exists():
+            groups = json.loads((root / "index.json").read_text()).values()
+            return {root / entry["file"]: entry["background"] for group in groups for entry in group}
     return {}
 
 

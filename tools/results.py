@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 import plots
 from checkpoint import read_history, write_atomically
 from config import ROOT, UserError
-from script import run_script
+from script import check_no_settings, run_script
 
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
@@ -71,8 +71,7 @@ def table(root: Path = ROOT) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise UserError(f"{arguments[0]!r} is not understood; results.py takes no settings")
+    check_no_settings(arguments, __doc__)
     page = ROOT / "RESULTS.md"
     rows, text = table(), page.read_text(encoding="utf-8")
     changed, found = re.subn(f"(?<={MARKS[0]}).*(?={MARKS[1]})", lambda _: rows, text, flags=re.DOTALL)

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared modules, from any current folder
 
 import checkpoint
-from config import ModelFileSettings
+from config import ModelFileSettings, UserError
 from data_preprocessing import load_data, training_settings
 from device import choose_device, choose_precision, move
 from model import load_model
@@ -24,11 +24,13 @@ from trainer import infer
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     settings = load_settings(arguments, ModelFileSettings)
+    if settings.data:
+        raise UserError(f"data={settings.data}: soft targets are of the images that the teacher has learned from; leave it out")
     print("settings:", settings)
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     teacher = move(load_model(settings.model_path), device)
-    images = load_data("train", settings.data_path, training_settings(teacher.metadata, settings)).images
+    images = load_data("train", settings.data_path, training_settings(teacher.metadata)).images
     teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])
     log_probabilities = teacher_logits.log_softmax(2).mean(0).half()  # (2, N, C) -> (N, C)
     path = settings.out_path / "soft_targets.pt"

@@ -102,8 +102,8 @@ def build_learners(
     torch.manual_seed(settings.seed)
     metadata = model.metadata
     untrained = build_model(metadata["architecture"], classes, activation=metadata["activation"])
-    untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled[:0])
-    untrained.to(next(model.parameters()).device)
+    untrained.set_statistics(model.mean.item(), model.std.item(), unlabelled)
+    move(untrained, next(model.parameters()).device)
     first = model.classifier if model.classifier.out_features == classes else untrained.classifier
     trained_features, untrained_features = partial(extract, model), partial(extract, untrained)
     common = (unlabelled, source, settings.seed)
@@ -135,7 +135,8 @@ def check_frozen(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 
 class Episodes:
-    """The images of all episodes: supports in `drawn`, queries in `images` and `labels`, the saved model's supports in `kept`.
+    """The images of all episodes: supports in `episode_part`, queries in `images` and `labels`, the saved model's supports
+    in `saved_part`.
 
     `model` is to read them. Raises UserError if a class has fewer images than shots, or if none is left to test on."""
 
@@ -150,16 +151,16 @@ class Episodes:
         self.count, self.seed, self.shots = settings.episodes, settings.seed, settings.shots or min(counts)
         self.is_random = choosing or settings.episodes > 1
         pool = "pool" if "pool" in self.parts else "train"
-        kept = "train" if min(counts) >= self.shots else pool
-        drawn = pool if self.is_random else kept
-        for name in (kept, drawn):
+        saved = "train" if min(counts) >= self.shots else pool
+        of_episodes = pool if self.is_random else saved
+        for name in (saved, of_episodes):
             fewest, label = min(zip(self.parts[name].counts, self.classes))
             if fewest < self.shots:
                 folder = folder / name / label
                 raise UserError(f"shots={self.shots}: {folder} has only {fewest} images; add some or lower shots")
         if choosing and max(self.parts[pool].counts) == self.shots:
             raise UserError(f"shots={self.shots}: leaves no image in {folder / pool} to test on; add some or lower shots")
-        self.kept, self.drawn, self.pool = self.parts[kept], self.parts[drawn], self.parts[pool]
+        self.saved_part, self.episode_part, self.pool = (self.parts[name] for name in (saved, of_episodes, pool))
         queries = [pool] if choosing else ["test", "extended"] if self.is_random and "extended" in self.parts else ["test"]
         self.images = torch.cat([self.parts[name].images for name in queries])  # uint8 (N, V, 28, 28)
         self.labels = torch.cat([self.parts[name].labels for name in queries])
@@ -167,14 +168,14 @@ class Episodes:
         self.tested = len(self.labels) - (len(self.classes) * self.shots if choosing else 0)  # queries of an episode
 
     def run(self, learners: dict) -> dict[str, dict[int, list[float]]]:
-        """learner -> shots -> accuracy of each episode, in 0..1. Keeps the learners' inputs from `drawn` in `supports`."""
-        self.supports = {name: learner.embed(self.drawn.images) for name, learner in learners.items()}
+        """learner -> shots -> accuracy of each episode, in 0..1. Keeps the learners' inputs from episode_part in `supports`."""
+        self.supports = {name: learner.embed(self.episode_part.images) for name, learner in learners.items()}
         queries = {name: learner.extract(self.images) for name, learner in learners.items()}
         rows: dict[str, dict[int, list[float]]] = {name: {} for name in learners}
-        all_shots = sorted({self.shots, *(k for k in BY_SHOTS if self.is_random and k <= min(self.drawn.counts))})
+        all_shots = sorted({self.shots, *(k for k in BY_SHOTS if self.is_random and k <= min(self.episode_part.counts))})
         for k in tqdm(all_shots, "images per class", disable=None, leave=False):
             generator = torch.Generator().manual_seed(self.seed) if self.is_random else None
-            picks = draw_picks(self.drawn.counts, k, self.count, generator)
+            picks = draw_picks(self.episode_part.counts, k, self.count, generator)
             for name, learner in learners.items():
                 layers = learner.fit(self.supports[name][picks])
                 excluded = picks if self.excludes_supports else None
@@ -241,7 +242,7 @@ def draw_pictures(model: Classifier, episodes: Episodes, picks: torch.Tensor, ro
     colours = [plots.GREEN if right else plots.RED for right in is_right]
     heading = f"{sum(is_right)} of {len(is_right)} test images right"
     plots.draw_sheet(test.images[:, 0].numpy(), titles, 5, heading, folder / "predictions.png", colours)
-    images, names = episodes.kept.images[picks.flatten()], [episodes.kept.names[index] for index in picks.flatten()]
+    images, names = episodes.saved_part.images[picks.flatten()], [episodes.saved_part.names[index] for index in picks.flatten()]
     plots.draw_sheet(images[:, 0].numpy(), names, episodes.shots, "The support images", folder / "support.png")
     if episodes.is_random:
         heading = f"{episodes.count} episodes, {len(episodes.labels)} test images"
@@ -260,8 +261,8 @@ def main(arguments: list[str]) -> None:
     model = load_model(resolve(settings.checkpoint))
     if settings.shoes_dir and "checkpoint" not in settings.model_fields_set:
         model = beside_photo(model)
-    before = copy.deepcopy(model.state_dict())
     freeze(move(model, choose_device(settings.device)).features)
+    before = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     episodes = Episodes(settings, model)
     learners = build_learners(model, len(episodes.classes), episodes.pool.images, settings)
     rows = episodes.run(learners)
@@ -275,9 +276,9 @@ def main(arguments: list[str]) -> None:
     if settings.query == "pool":
         return
 
-    picks = draw_picks(episodes.kept.counts, episodes.shots, 1, None)
-    learner, is_embedded = learners[OURS], episodes.kept is episodes.drawn
-    supports = episodes.supports[OURS] if is_embedded else learner.embed(episodes.kept.images)
+    picks = draw_picks(episodes.saved_part.counts, episodes.shots, 1, None)
+    learner, is_embedded = learners[OURS], episodes.saved_part is episodes.episode_part
+    supports = episodes.supports[OURS] if is_embedded else learner.embed(episodes.saved_part.images)
     model = replace_last_layer(model, learner.fit(supports[picks]), episodes.classes, settings)
     check_frozen(model, before)
     checkpoint.save(out / "best_model.pt", {"kind": "best_model", **model.metadata, "model": model.state_dict()})

@@ -200,6 +200,7 @@ def test_a_script_without_training_has_no_settings_of_training(script):
         ("augment=hflip:2", "0 to 1"),
         ("augment=shift:x", "no number"),
         ("augment=shift:0.5", "whole pixels"),
+        ("augment=hflip,hflip:0.2", "hflip is named twice"),
         ("recipe=none", "known: quick"),
         ("folds=1", "one fold"),
         ("pretrained=true", "resnet18"),
@@ -223,6 +224,10 @@ def test_runs_and_folds_exclude_each_other():
 def test_what_needs_validation_images_is_refused_without_any(word):
     with pytest.raises(UserError, match=f"{word}: .*use a valid_ratio above 0"):
         load_settings(["valid_ratio=0", word], RunSettings)
+
+
+def test_folds_have_validation_images_of_their_own(root):
+    assert load_settings(["folds=3", "valid_ratio=0", "patience=2"], RunSettings).folds == 3
 
 
 @pytest.mark.parametrize(("text", "strengths"), [("hflip, shift:3", {"hflip": 0.5, "shift": 3.0}), ("", {})])

@@ -78,13 +78,13 @@ def test_a_folders_classes_are_learned_and_tested(out, digits):
     assert model.metadata["settings"]["data"] == str(digits) and model.metadata["output_dim"] == 10
 
 
-def test_a_tenth_without_a_folder_test_is_kept_for_testing_by_seed(digits, capsys):
+def test_a_tenth_without_a_folder_test_is_kept_for_testing_whatever_the_seed(digits, capsys):
     train_part, test_part = load(digits), load(digits, "test")
     assert test_part.labels.bincount().tolist() == [4] * 10 and train_part.labels.bincount().tolist() == [36] * 10
     images = {image.numpy().tobytes() for image in torch.cat([train_part.images, test_part.images])}
     assert len(images) == 400  # no two digits are the same
-    assert f"{digits}: has no folder test; 40 of 400 images are kept for testing (seed=0)" in capsys.readouterr().out
-    assert not load(digits, "test", seed=1).images.equal(test_part.images)
+    assert f"{digits}: has no folder test; 40 of 400 images are kept for testing" in capsys.readouterr().out
+    assert load(digits, "test", seed=1).images.equal(test_part.images)
 
 
 def test_a_folder_test_is_the_test_split(few):
@@ -174,6 +174,15 @@ def test_a_model_of_fashion_mnist_is_finetuned_whatever_the_split(few, tmp_path)
     assert torch.allclose(ended.features[0].weight, start.features[0].weight, atol=1e-6)
 
 
+def test_a_model_of_another_split_of_the_same_folder_is_not_finetuned(few, tmp_path, monkeypatch):
+    words = ["prepare=resize", "valid_ratio=0.2", "epochs=1"]
+    train.main([*words, f"data={few}", f"out_dir={tmp_path / 'start'}"])
+    monkeypatch.chdir(few)
+    words += ["seed=1", f"finetune={tmp_path / 'start' / 'best_model.pt'}", f"out_dir={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="may have seen validation images"):
+        train.main([*words, f"data={few.parent / '.' / few.name}/"])
+
+
 def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys):
     path = digits / "train" / "3" / "0003.png"
     predict.main([f"out_dir={out}", str(path)])
@@ -213,6 +222,8 @@ def test_soft_targets_are_of_the_models_training_images(out, tmp_path, digits):
     soft_targets.main([f"checkpoint={out / 'best_model.pt'}", f"out_dir={tmp_path}"])
     path = tmp_path / "soft_targets.pt"
     assert checkpoint.load(path, "soft_targets")["log_probabilities"].shape == (360, 10)
+    with pytest.raises(UserError, match="data=mnist: soft targets are of the images"):
+        soft_targets.main([f"checkpoint={out / 'best_model.pt'}", f"out_dir={tmp_path}", "data=mnist"])
     words = ["recipe=mlp", f"teacher={path}", "valid_ratio=0.1", "epochs=1", "batch_size=64", f"out_dir={tmp_path / 'taught'}"]
     train.main([*words, f"data={digits}", "prepare=resize"])
     with pytest.raises(UserError, match=rf"soft_targets\.pt: was trained with .*data={digits}, so that"):

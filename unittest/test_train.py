@@ -25,8 +25,8 @@ from interrupts import lock_folder
 from layers import add_batch_norm, fuse_batch_norm
 from model import build_model, load_model
 from plots import draw_curves
-from run import epochs_of_run, is_done
-from script import run_script
+from run import Run, epochs_of_run, is_done
+from script import load_settings, run_script
 from tools import soft_targets
 from trainer import infer, loss_and_accuracy
 
@@ -248,6 +248,16 @@ def test_resuming_without_the_best_model_is_refused(uninterrupted, tmp_path):
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         run(tmp_path, "resume=true")
+
+
+def test_a_checkpoint_that_changed_before_the_folder_was_locked_is_not_resumed(uninterrupted, tmp_path):
+    for name in ("checkpoint.pt", "best_model.pt"):
+        shutil.copyfile(uninterrupted[1] / name, tmp_path / name)
+    settings = load_settings([*SHORT, "epochs=4", "resume=true", f"out_dir={tmp_path}"], RunSettings)
+    late = Run(trainer.Trainer, settings, [], {})
+    checkpoint.save(tmp_path / "checkpoint.pt", {**uninterrupted[0], "history": uninterrupted[0]["history"][:1]})
+    with pytest.raises(UserError, match=r"checkpoint\.pt: another run has written to it meanwhile"), late.locked():
+        pytest.fail("the folder was entered")
 
 
 def test_starting_over_in_a_runs_folder_is_announced(tmp_path, capsys):
@@ -516,6 +526,13 @@ def test_finetuning_starts_from_the_other_models_features(output_dim, uninterrup
     for name, tensor in checkpoint.load(path, "best_model")["model"].items():
         is_last_layer = name.startswith("classifier")
         assert is_last_layer != (ended[name].shape == tensor.shape and torch.allclose(ended[name], tensor, atol=1e-6)), name
+
+
+def test_finetuning_keeps_the_filters_that_a_whitened_first_layer_had(tmp_path):
+    start = run(tmp_path / "start", "architecture=fast_cnn", "epochs=1", "limit=200")["model"]
+    path = tmp_path / "start" / "best_model.pt"
+    ended = run(tmp_path / "out", f"finetune={path}", "architecture=fast_cnn", "epochs=1", "limit=100")["model"]
+    assert ended["features.0.weight"].equal(start["features.0.weight"])
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------

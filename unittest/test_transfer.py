@@ -276,8 +276,9 @@ def test_a_trainings_best_model_is_not_replaced(own_shoes, task1, tmp_path):
         train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}"])
 
 
-def test_a_recipes_model_can_be_the_frozen_one(own_shoes, tmp_path):
-    path = ROOT / "runs" / "compact_cnn_plus" / "best_model.pt"
+@pytest.mark.parametrize("recipe", ["compact_cnn_plus", "fast"])  # the latter's first layer is fitted, not learned
+def test_a_recipes_model_can_be_the_frozen_one(recipe, own_shoes, tmp_path):
+    path = ROOT / "runs" / recipe / "best_model.pt"
     train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"checkpoint={path}"])
     saved, original = (checkpoint.load(file, "best_model")["model"] for file in (tmp_path / "best_model.pt", path))
     assert all(tensor.equal(original[name]) for name, tensor in saved.items() if not name.startswith("classifier"))
