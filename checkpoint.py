@@ -29,6 +29,7 @@ KINDS = {  # kind of file -> (keys it must have, the script that makes it)
 }
 REPLACE_ATTEMPTS = 50  # a tenth of a second apart
 MAY_DIFFER_ON_RESUME = {"epochs", "device", "data_dir", "out_dir", "resume", "log"}
+PATHS = {"data", "teacher", "finetune", "generator"}  # settings, of which two spellings may name one file or folder
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
@@ -140,6 +141,11 @@ def machine(device: torch.device, precision: torch.dtype) -> dict[str, str | int
     return {"device": device.type, "precision": str(precision).removeprefix("torch."), **processes}
 
 
+def is_same(key: str, value: object, other: object) -> bool:
+    """Whether two values of a setting mean the same: a folder has several spellings."""
+    return value == other or (key in PATHS and resolve(str(value)) == resolve(str(other)))
+
+
 def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int]) -> None:
     """Raises UserError if a checkpoint has other settings. Prints a line if it comes from another machine than `here`."""
     saved_settings, made_on = saved["settings"], saved["machine"]
@@ -152,7 +158,7 @@ def check_resumable(saved: dict, settings: Settings, here: dict[str, str | int])
     differ = [
         f"{key}={value} (was {saved_settings[key]})"
         for key, value in settings.model_dump().items()
-        if key not in may_differ and value != saved_settings[key]
+        if key not in may_differ and not is_same(key, value, saved_settings[key])
     ]
     if differ:
         raise UserError(f"resume=true: the checkpoint has other settings: {', '.join(differ)}")

@@ -170,6 +170,12 @@ class ModelFileSettings(RecipeSettings):
     checkpoint: str = setting("", "the model's file, a best_model.pt or a checkpoint.pt; empty = best_model.pt in out_dir")
 
     @property
+    def out_path(self) -> Path:
+        """Beside a checkpoint that is named without recipe and out_dir: Task 1's files are not those of another model."""
+        is_elsewhere = self.checkpoint and not (self.recipe or self.out_dir)
+        return resolve(self.checkpoint).parent if is_elsewhere else super().out_path
+
+    @property
     def model_path(self) -> Path:
         """Raises UserError if there is no such file."""
         path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"

@@ -6,11 +6,12 @@ batch into floating point. `task_labels` makes Task 1's two classes of Fashion-M
 """
 
 import gzip
+import hashlib
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,9 +147,7 @@ def read_class_folders(folder: Path, read: Callable[[Path], torch.Tensor]) -> Cl
 
 
 def _load_folder(name: str, split: str, prepare: str) -> Dataset:
-    """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a stratified tenth of train/ is the test split.
-
-    It is the same for every seed, so that no training has seen the test images of another."""
+    """The images in `name`/train/CLASS and `name`/test/CLASS; without test/, a tenth of each class of train/."""
     from photo import printable, read_views  # here, because only folders need Pillow
 
     folder = resolve(name)
@@ -167,11 +166,24 @@ def _load_folder(name: str, split: str, prepare: str) -> Dataset:
     images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
     if not has_test:
-        train, test = split_indices(labels, TEST_RATIO, 0, f"{folder}: has no folder test, and test_ratio")
-        print(f"{folder}: has no folder test; {len(test):,} of {len(labels):,} images are kept for testing")
-        members = test if split == "test" else train.sort().values
+        is_test = torch.cat([tenth_by_name([*files]) for files in classes.values()])
+        print(f"{folder}: has no folder test; {is_test.sum():,} of {len(labels):,} images are kept for testing")
+        members = is_test if split == "test" else ~is_test
         images, labels = images[members], labels[members]
     return Dataset(images, labels, tuple(map(printable, classes)), labels)
+
+
+def tenth_by_name(files: Sequence[Path]) -> torch.Tensor:
+    """Which of a class's files, bool `(N,)`, are kept for testing: those whose names have the smallest hashes.
+
+    Neither the seed changes it nor, but for one at most, another file: so no training has seen the test images of another.
+    Raises UserError if there is one file only.
+    """
+    hashes = [hashlib.sha256(os.fsencode(file.name)).digest() for file in files]
+    if len(files) == 1:
+        raise UserError(f"{files[0].parent}: has one image only, and there is no folder test; add another image")
+    last = sorted(hashes)[max(1, round(TEST_RATIO * len(files))) - 1]
+    return torch.tensor([digest <= last for digest in hashes])
 
 
 def task_labels(fine_labels: torch.Tensor, output_dim: int) -> torch.Tensor:
@@ -200,20 +212,18 @@ def shuffle(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
 
 
-def split_indices(
-    fine_labels: torch.Tensor, valid_ratio: float, seed: int, name: str = "valid_ratio"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_indices(fine_labels: torch.Tensor, valid_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Shuffled training indices and sorted validation indices, stratified by fine label, the same for the same seed.
 
-    Each side gets an image of each class at least; with a ratio of 0 there are no validation images. Raises UserError, which
-    calls the ratio `name`, if a class has one image only.
+    Each side gets an image of each class at least; with a ratio of 0 there are no validation images. Raises UserError if a
+    class has one image only.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []  # of each class: validation, training
     for label in fine_labels.unique():
         members = shuffle(torch.nonzero(fine_labels == label).squeeze(1), generator)
         if valid_ratio and len(members) == 1:
-            raise UserError(f"{name}={valid_ratio}: a class has one image only; give it another")
+            raise UserError(f"valid_ratio={valid_ratio}: a class has one image only; give it another")
         n_valid = min(max(1, round(valid_ratio * len(members))), len(members) - 1) if valid_ratio else 0
         parts.append(members.tensor_split([n_valid]))
     valid, train = map(torch.cat, zip(*parts))

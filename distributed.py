@@ -6,6 +6,7 @@ gradients and losses are averaged over all of them. In a process that was starte
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -93,4 +94,6 @@ def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     device_ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14's, of another name for broadcast_buffers, which 2.7 lacks
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)

@@ -150,6 +150,8 @@ def open_image(path: Path) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels; save it smaller") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder in which no file was read; name its files") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception:  # Pillow's readers raise a dozen types for files that are damaged, foreign or of a rare kind

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
-from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
+from data_preprocessing import CLASS_NAMES, CLOTHES_OR_SHOE, load_test_data, training_settings
 from device import choose_device, move
 from model import Classifier, load_model
 from occlusion import occlusion_maps
@@ -58,13 +58,14 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
 
 
 def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
-    """The model that the settings name or, if they name none, that of recipe=photo; whether it is the latter."""
+    """The model that the settings name or, if they name none, that of recipe=photo; whether it says clothes or shoe, too."""
     is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
     path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
-    return move(load_model(path), choose_device(settings.device)), not is_named
+    model = load_model(path)
+    return move(model, choose_device(settings.device)), not is_named and tuple(model.metadata["class_names"]) == CLASS_NAMES
 
 
-def predict_photographs(model: Classifier, paths: list[Path], out: Path, says_shoe: bool) -> None:
+def predict_photographs(model: Classifier, says_shoe: bool, paths: list[Path], out: Path) -> None:
     """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
     files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
@@ -105,13 +106,17 @@ def is_setting(word: str) -> bool:
 
 def find_files(word: str) -> list[Path]:
     """The files that a word of the command line names: one, those in a folder and its folders, or those of a pattern."""
+    if not word:
+        raise UserError("the name of an image is empty; name a file, a folder or a pattern")
     path = ROOT / word if os.path.exists(ROOT / word) and not os.path.exists(word) else Path(word)
     if os.path.isdir(path):
-        members = sorted(member for member in path.rglob("*") if member.is_file() and not member.name.startswith("."))
-        if not members:
-            raise UserError(f"{path}: has no file")
-        return members
-    return [path] if os.path.exists(path) else sorted(map(Path, glob.glob(word, recursive=True))) or [path]
+        members = (member for member in path.rglob("*") if not member.name.startswith("."))
+        return sorted(member for member in members if member.is_file() or member.is_symlink()) or [path]
+    if not os.path.exists(path):
+        for folder in (Path(), ROOT):
+            if matches := glob.glob(word, root_dir=folder, recursive=True):
+                return sorted(folder / match for match in matches)
+    return [path]
 
 
 def main(arguments: list[str]) -> None:
@@ -121,8 +126,7 @@ def main(arguments: list[str]) -> None:
     if paths and settings.index >= 0:
         raise UserError(f"index={settings.index}: name either a test image or image files, not both")
     if paths:
-        model, is_photo = load_for_photographs(settings)
-        return predict_photographs(model, paths, settings.out_path, says_shoe=is_photo)
+        return predict_photographs(*load_for_photographs(settings), paths, settings.out_path)
     model = move(load_model(settings.model_path), choose_device(settings.device))
     images, labels, *_ = load_test_data(model.metadata, settings)
     if settings.index >= len(images):

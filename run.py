@@ -45,6 +45,8 @@ class Run:
                 print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")
         elif self.path.exists():
             print(f"starts over, replacing the training in {self.out}; resume=true would continue it")
+        elif self.model_path.exists():  # without a checkpoint: it came with the repository
+            print(f"replaces the model in {self.out}")
 
     def _was_restarted(self) -> bool:
         """Whether torchrun has restarted this job after a checkpoint of its own: not before, and not after another job's."""

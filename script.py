@@ -177,6 +177,11 @@ def run_script(main: Callable[[list[str]], None], arguments: list[str] | None = 
     except BrokenPipeError:  # the reader of our output has closed the pipe; Python would flush to it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, which Windows does not have
+    except OSError as error:  # no right to look into a folder, a name that is too long
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name another", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         raise SystemExit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
     if not _has_host(sys._getframe(1).f_back is not None):

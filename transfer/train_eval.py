@@ -256,7 +256,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, TransferSettings)
     print("settings:", settings)
     out = settings.out_path
-    if (out / "checkpoint.pt").exists():
+    if (out / "checkpoint.pt").exists() or (out / "history.jsonl").exists():
         raise UserError(f"{out}: holds a training, whose best_model.pt would be overwritten; name another out_dir")
     model = load_model(resolve(settings.checkpoint))
     if settings.shoes_dir and "checkpoint" not in settings.model_fields_set:

@@ -12,7 +12,7 @@ import config
 import explore
 import predict
 import test as test_script
-from config import RunSettings, Settings, TrainSettings, UserError, parse_augment
+from config import ModelFileSettings, RunSettings, Settings, TrainSettings, UserError, parse_augment
 from gan import sample as gan_sample
 from gan import score as gan_score
 from gan import train as gan_train
@@ -145,6 +145,12 @@ def test_a_broken_config_file_is_refused_by_name(text, root):
 )
 def test_out_dir_is_the_root_for_task_1_and_runs_name_for_a_recipe(words, folder, root):
     assert load_settings(words, RunSettings).out_path == root / folder
+
+
+@pytest.mark.parametrize(("words", "folder"), [([], "runs/x"), (["out_dir=here"], "here"), (["recipe=quick"], "runs/quick")])
+def test_what_is_found_out_about_a_checkpoint_is_written_beside_it(words, folder, root):
+    settings = load_settings(["checkpoint=runs/x/best_model.pt", *words], ModelFileSettings)
+    assert settings.out_path == root / folder
 
 
 @pytest.mark.parametrize("words", [["architecture=resnet8"], ["output_dim=10"], ["architecture=resnet8", "output_dim=10"]])

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import predict
 import test as test_script
 import train
 from config import ROOT, RunSettings, UserError
-from data_preprocessing import CLASS_NAMES, as_task, load_data
+from data_preprocessing import CLASS_NAMES, as_task, load_data, tenth_by_name
 from model import load_model
 from script import load_settings
 from tools import soft_targets
@@ -87,6 +88,12 @@ def test_a_tenth_without_a_folder_test_is_kept_for_testing_whatever_the_seed(dig
     assert load(digits, "test", seed=1).images.equal(test_part.images)
 
 
+def test_another_image_changes_the_test_images_of_a_class_by_one_at_most():
+    files = [Path(f"{number:04}.png") for number in range(58)]
+    before, after = ({file for file, chosen in zip(names, tenth_by_name(names)) if chosen} for names in (files[:57], files))
+    assert len(before) == len(after) == 6 and len(after - before) <= 1
+
+
 def test_a_folder_test_is_the_test_split(few):
     shutil.copytree(few / "train", few / "test")
     (few / "test" / "0" / "0000.png").unlink()
@@ -148,7 +155,7 @@ def spoil(folder, how):
         ("one class", "train: has one class only, 0"),
         ("case", "the classes Cat and cat differ by case only; rename one or merge them"),
         ("no image", "1: has no image that can be read"),
-        ("few images", "has no folder test, and test_ratio=0.1: a class has one image only; give it another"),
+        ("few images", "1: has one image only, and there is no folder test; add another image"),
         ("other test", "test: has the classes 0; train has 0, 1"),
     ],
 )

@@ -134,7 +134,7 @@ def test_a_large_image_is_reduced_before_it_is_copied(mode, tmp_path):
         (lambda path: (photograph().save(path), path.write_bytes(path.read_bytes()[:300])), "no readable image"),
         (lambda path: Image.new("1", (20_000, 20_000)).save(path), "too many"),
         (lambda path: None, "no such file"),
-        (lambda path: path.mkdir(), "has no file"),
+        (lambda path: path.mkdir(), "is a folder in which no file was read"),
     ],
     ids=["1x1", "foreign", "empty", "truncated", "enormous", "missing", "folder"],
 )
@@ -294,6 +294,16 @@ def test_a_folder_is_predicted_past_a_file_that_is_no_image(folder, out, capsys)
     assert all(f"{name}: predicted" in printed.out for name in ("a shoe.png", "-dash.png", "schön.png"))
     assert printed.err.startswith(f"{folder / 'notes.txt'}: is no readable image")
     assert (out / "plots" / "prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_name_is_not_the_whole_repository():
+    with pytest.raises(UserError, match="the name of an image is empty"):
+        predict.find_files("")
+
+
+def test_relative_names_and_patterns_are_also_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert predict.find_files("plots/cur*.png") == predict.find_files("plots/curves.png") == [ROOT / "plots" / "curves.png"]
 
 
 def test_a_pattern_names_files(folder, out, capsys):

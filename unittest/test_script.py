@@ -2,8 +2,10 @@
 
 import os
 import pstats
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +84,12 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(capsys):
         run_script(lambda words: load_settings(words, RunSettings), ["nonsense=1"])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+
+
+def test_a_name_that_the_file_system_refuses_is_one_line_on_stderr_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda _: Path("n" * 300).stat(), [])
+    assert ended.value.code == 2 and re.fullmatch(r"error: n{300}: File name too long; name another\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted(2), 130), (Interrupted(15), 143)])

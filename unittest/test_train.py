@@ -229,6 +229,11 @@ def test_resuming_under_other_settings_is_refused_by_name(uninterrupted):
         run(uninterrupted[1], "resume=true", "lr=0.5")
 
 
+def test_two_spellings_of_a_folder_are_the_same_setting():
+    assert checkpoint.is_same("data", "my_images/", "my_images") and not checkpoint.is_same("data", "a", "b")
+    assert checkpoint.is_same("lr", 0.5, 0.5) and not checkpoint.is_same("lr", 0.5, 0.25)
+
+
 def test_resuming_from_another_models_state_is_refused(uninterrupted, tmp_path):
     altered = checkpoint.load(uninterrupted[1] / "checkpoint.pt", "checkpoint")
     altered["optimizer"]["momenta"].pop()

@@ -270,8 +270,9 @@ def test_a_frozen_tensor_that_changed_is_reported(task1):
         train_eval.check_frozen(model, task1["model"])
 
 
-def test_a_trainings_best_model_is_not_replaced(own_shoes, task1, tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", task1)
+@pytest.mark.parametrize("name", ["checkpoint.pt", "history.jsonl"])  # a shipped training has no checkpoint
+def test_a_trainings_best_model_is_not_replaced(name, own_shoes, tmp_path):
+    (tmp_path / name).touch()
     with pytest.raises(UserError, match="holds a training"):
         train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}"])
 
