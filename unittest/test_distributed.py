@@ -30,7 +30,7 @@ IN_DOUBLE = (
     "schedule=linear label_smoothing=0.1 aux_loss_weight=0.5 ema_decay=0.9 first_epoch_fraction=0.5 hard_fraction=0.4 "
     "augment=hflip,erase:0.5"
 )
-RESUMED = "architecture=resnet8 ema_decay=0.9 dropout=0.2 limit=400 valid_ratio=0.001 epochs=4"
+RESUMED = "architecture=compact_cnn batch_norm=true ema_decay=0.9 dropout=0.2 limit=400 valid_ratio=0.001 epochs=4"
 
 
 def torchrun(*words: str) -> subprocess.Popen:
