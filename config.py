@@ -239,13 +239,6 @@ class TrainSettings(OptimizationSettings, ModelSettings, DataSettings, RecipeSet
             raise ValueError(f"pretrained=true: there are ImageNet weights for resnet18, not for {self.architecture}")
         return self
 
-    @model_validator(mode="after")
-    def _has_validation_images(self) -> "TrainSettings":
-        if not (self.valid_ratio or getattr(self, "folds", 0)) and (self.patience or self.schedule == "plateau"):
-            word = f"patience={self.patience}" if self.patience else "schedule=plateau"
-            raise ValueError(f"{word}: needs validation images; use a valid_ratio above 0")
-        return self
-
 
 class RunSettings(TrainSettings):
     """Runs"""
@@ -271,8 +264,10 @@ class RunSettings(TrainSettings):
             raise ValueError("folds=1: one fold would leave nothing to train on; use 2 or more")
         if self.folds and self.runs > 1:
             raise ValueError(f"runs={self.runs} and folds={self.folds}: choose one of the two, leave the other at its default")
-        if self.runs > 1 and not self.valid_ratio:
-            raise ValueError(f"runs={self.runs}: without validation images there is no best run; use a valid_ratio above 0")
+        validated = {"patience": self.patience > 0, "schedule": self.schedule == "plateau", "runs": self.runs > 1}
+        key = next((key for key, is_set in validated.items() if is_set), "")
+        if key and not (self.valid_ratio or self.folds):
+            raise ValueError(f"{key}={getattr(self, key)}: needs validation images; use a valid_ratio above 0")
         several = f"folds={self.folds}" if self.folds else f"runs={self.runs}" if self.runs > 1 else ""
         has_generated = "gan" in parse_augment(self.augment)
         if several and (self.teacher or self.finetune or has_generated):

@@ -176,12 +176,12 @@ def _load_folder(name: str, split: str, prepare: str) -> Dataset:
 def tenth_by_name(files: Sequence[Path]) -> torch.Tensor:
     """Which of a class's files, bool `(N,)`, are kept for testing: those whose names have the smallest hashes.
 
-    Neither the seed changes it nor, but for one at most, another file: so no training has seen the test images of another.
+    They are the same for every seed, so that no training has seen the test images of another. A new file changes one at most.
     Raises UserError if there is one file only.
     """
-    hashes = [hashlib.sha256(os.fsencode(file.name)).digest() for file in files]
     if len(files) == 1:
         raise UserError(f"{files[0].parent}: has one image only, and there is no folder test; add another image")
+    hashes = [hashlib.sha256(os.fsencode(file.name)).digest() for file in files]
     last = sorted(hashes)[max(1, round(TEST_RATIO * len(files))) - 1]
     return torch.tensor([digest <= last for digest in hashes])
 
@@ -263,10 +263,15 @@ def load_splits(settings, device: torch.device, folds: int = 0, runs: int = 1) -
     return [Split(data, train[:limit].to(device), valid.to(device)) for train, valid in indices]
 
 
+def count_levels(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """How many pixels of the uint8 images at `indices` have each grey level: int64 `(256,)`, on the CPU."""
+    chunks = indices.split(4096)  # all at once would be another 42 MB
+    return torch.stack([images[chunk].cpu().flatten().bincount(minlength=256) for chunk in chunks]).sum(0)
+
+
 def mean_and_std(images: torch.Tensor, indices: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of all pixels of the uint8 images at `indices`, on the scale where 255 is 1."""
-    chunks = indices.split(4096)  # all at once would be another 42 MB
-    counts = torch.stack([images[chunk].cpu().flatten().bincount(minlength=256) for chunk in chunks]).sum(0)  # (256,)
-    levels, total = torch.arange(256), counts.sum().item()
+    levels, counts = torch.arange(256), count_levels(images, indices)
+    total = counts.sum().item()
     mean = (counts * levels).sum().item() / total
     return mean / 255, math.sqrt((counts * levels**2).sum().item() / total - mean**2) / 255

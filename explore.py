@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import plots
 from augmentation import augment
 from config import Augment, DataSettings, RecipeSettings, parse_augment, setting
-from data_preprocessing import Dataset, as_task, load_data, shuffle, split_indices
+from data_preprocessing import Dataset, as_task, count_levels, load_data, shuffle, split_indices
 from metrics import nearest
 from script import load_settings, run_script
 
@@ -93,8 +93,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'class':12}" + "".join(f"{split:>12}" for split in counts))
     for name, *row in zip(names, *counts.values()):
         print(f"{name:12}" + "".join(f"{count:12,}" for count in row))
-    levels = torch.bincount(data.images[train].flatten(), minlength=256)
-    plots.draw_classes(counts, names, levels.numpy(), folder / "classes.png")
+    plots.draw_classes(counts, names, count_levels(data.images, train).numpy(), folder / "classes.png")
     draw_images(data, train, settings, folder)
     report_copies(data, test, folder / "pairs.png")
     print(f"wrote classes.png, samples.png, means.png, augmented.png, pairs.png to {folder}")

@@ -84,7 +84,7 @@ def predict_photographs(model: Classifier, says_shoe: bool, paths: list[Path], o
     table = io.StringIO()
     csv.writer(table).writerows([COLUMNS, *rows])
     checkpoint.write_atomically(out / "predictions.csv", table.getvalue().encode())
-    for old in (out / "plots").glob("prediction_*.png"):  # a page that this command may not have
+    for old in (out / "plots").glob("prediction_*.png"):  # pages of an earlier command
         old.unlink()
     firsts = range(0, len(files), plots.MAX_PREDICTIONS)
     for page, first in enumerate(tqdm(firsts, "pictures", disable=None if len(firsts) > 1 else True, leave=False), 1):

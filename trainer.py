@@ -275,6 +275,7 @@ class Trainer:
         try:
             valid_losses = [line["valid_loss"] for line in epochs if "valid_loss" in line]
             train_loss, train_accuracy = self.train_epoch(epoch, valid_losses)
+            # on CPUs each process has running statistics of its own shards; all take those of the first one
             for model in (self.model, self.ema.model) if self.ema else (self.model,):
                 distributed.broadcast_buffers(model)
             if epoch == 1 and self.sampler and self.counts[0] < len(self.train):
