@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from torch import nn
 import distributed
 from config import FASHION_MNIST, ROOT, Settings, UserError, resolve
 
-METADATA = {"architecture", "activation", "output_dim", "class_names", "settings", "versions", "machine", "epoch", "best"}
 _MODEL = {"architecture", "activation", "output_dim", "class_names", "model", "epoch"}
+METADATA = _MODEL - {"model"} | {"settings", "versions", "machine", "best", "class_sizes"}
 _STATE = {"settings", "machine", "ema", "optimizer", "rng", "history", "run"}
 KINDS = {  # kind of file -> (keys it must have, the script that makes it)
     "best_model": (_MODEL, "train.py"),
@@ -184,6 +184,15 @@ def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, 
             f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
             f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or name none, "
             "as in teacher= or finetune="
+        )
+
+
+def check_same_images(source: str, metadata: Mapping, class_sizes: list[int]) -> None:
+    """Raises UserError if the classes had other numbers of training images when the file with this metadata was made."""
+    if (before := metadata.get("class_sizes", class_sizes)) != class_sizes:
+        raise UserError(
+            f"{source}: comes from {before} training images, by class; there are {class_sizes} now, and training and "
+            "validation images would be mixed up; start anew without it"
         )
 
 

@@ -13,11 +13,12 @@ from model import freeze, load_model
 Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load_teacher(settings: TrainSettings, seed: int, data: Dataset) -> Teacher:
+def load_teacher(settings: TrainSettings, seed: int, data: Dataset, class_sizes: list[int]) -> Teacher:
     """A function of augmented images, uint8 `(N, 1, 28, 28)`, and the indices `(N,)` of their originals; it returns the
     teacher's logits `(N, C)`: of the augmented images for a model, of the originals, in `data`, for soft targets.
 
-    Raises UserError if the file is missing or damaged, has other classes, or may have seen this run's validation images.
+    Raises UserError if the file is missing or damaged, has other classes, or may have seen this run's validation images,
+    for which `class_sizes`, the numbers of training images of each class, are compared, too.
     """
     path, device, names = resolve(settings.teacher), data.images.device, data.class_names
     model, soft_targets = None, None
@@ -28,6 +29,7 @@ def load_teacher(settings: TrainSettings, seed: int, data: Dataset) -> Teacher:
         model = load_model(path)
         metadata = model.metadata
     checkpoint.check_same_split(path, metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
+    checkpoint.check_same_images(f"teacher={path}", metadata, class_sizes)
     if tuple(metadata["class_names"]) != names:
         found = ", ".join(metadata["class_names"])
         raise UserError(f"{path}: has the classes {found}, not {', '.join(names)}; name another teacher")

@@ -183,6 +183,7 @@ class Trainer:
         self.images, self.labels, self.class_names, self.fine_labels = data
         images, train, real = self.images, self.train, self.train[: len(self.train) - generated]
         mean, std = mean_and_std(images, real) if settings.scaling == "standard" else (0.5, 0.5)
+        self.class_sizes = self.fine_labels[: len(images) - generated].bincount().tolist()
         self.valid_images, self.valid_labels = images[valid], self.labels[valid].cpu()
         fractions = [settings.first_epoch_fraction] + [settings.hard_fraction] * (settings.epochs - 1)
         self.counts = [max(1, int(len(train) * fraction)) for fraction in fractions]  # images, by epoch
@@ -204,6 +205,7 @@ class Trainer:
             start = load_model(path)
             if resolve(training_settings(start.metadata)["data"]) == resolve(settings.data):  # else it has seen none of these
                 checkpoint.check_same_split(path, start.metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
+                checkpoint.check_same_images(f"finetune={path}", start.metadata, self.class_sizes)
             checkpoint.load_parameters(self.model.features, start.features.state_dict(), path)
         if settings.batch_norm:
             add_batch_norm(self.model)
@@ -213,7 +215,7 @@ class Trainer:
         self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
         counts = self.labels[train].bincount(minlength=classes).clamp(1)
         class_weights = len(train) / (classes * counts) if settings.class_weights == "balanced" else None  # mean over images: 1
-        teacher = load_teacher(settings, seed, data) if settings.teacher else None
+        teacher = load_teacher(settings, seed, data, self.class_sizes) if settings.teacher else None
         fine_classes = int(self.fine_labels.max()) + 1
         self.criterion = Criterion(self.model, settings, fine_classes, class_weights, teacher).to(self.device)
         self.ddp_criterion = distributed.wrap_ddp(self.criterion, self.device)
@@ -324,6 +326,7 @@ class Trainer:
             **self.settings.model_dump(include={"architecture", "activation"}),
             "output_dim": len(self.class_names),
             "class_names": list(self.class_names),
+            "class_sizes": self.class_sizes,
             **checkpoint.provenance(self.settings, self.device, self.precision),
         }
 
@@ -336,7 +339,9 @@ class Trainer:
         return {**states, "rng": checkpoint.rng_state(self.generator)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError, TypeError, ValueError or RuntimeError if the state is another model's."""
+        """Raises KeyError, TypeError, ValueError or RuntimeError if the state is another model's, UserError if the images have
+        changed."""
+        checkpoint.check_same_images("resume=true: the checkpoint", state, self.class_sizes)
         for name, part in self._parts().items():
             if part:
                 part.load_state_dict(state[name])

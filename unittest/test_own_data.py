@@ -190,6 +190,16 @@ def test_a_model_of_another_split_of_the_same_folder_is_not_finetuned(few, tmp_p
         train.main([*words, f"data={few.parent / '.' / few.name}/"])
 
 
+@pytest.mark.parametrize("way", ["resume", "finetune", "teacher"])
+def test_a_folder_with_another_image_mixes_no_training_images_into_the_validation_images(way, few, tmp_path):
+    words = [f"data={few}", "prepare=resize", f"out_dir={tmp_path / 'out'}"]
+    train.main([*words, "epochs=1"])
+    shutil.copy(few / "train" / "0" / "0000.png", few / "train" / "0" / "another.png")
+    value = "true" if way == "resume" else tmp_path / "out" / "best_model.pt"
+    with pytest.raises(UserError, match=rf"{way}=.*: comes from \[9, 9\] training images, by class; there are \[10, 9\]"):
+        train.main([*words, "epochs=2", f"{way}={value}"])
+
+
 def test_photographs_are_predicted_as_the_model_was_trained(out, digits, capsys):
     path = digits / "train" / "3" / "0003.png"
     predict.main([f"out_dir={out}", str(path)])
