@@ -519,7 +519,7 @@ def test_every_recipe_passes_a_dry_run(recipe, tmp_path):
     words = [] if settings.get("valid_ratio") == 0 else ["valid_ratio=0.001"]
     if not (ROOT / settings.get("teacher", "")).exists():
         words.append("teacher=")  # it is too large to be part of the repository
-    train.main([f"recipe={recipe}", "epochs=1", "limit=100", *words, "runs=1", f"out_dir={tmp_path}"])
+    train.main([f"recipe={recipe}", "epochs=1", "limit=30", *words, "runs=1", f"out_dir={tmp_path}"])
     best = checkpoint.load(tmp_path / "best_model.pt", "best_model")
     assert best["settings"]["recipe"] == recipe and len(best["class_names"]) == 10
 
