@@ -192,7 +192,7 @@ def check_same_images(source: str, metadata: Mapping, class_sizes: list[int]) ->
     if (before := metadata.get("class_sizes", class_sizes)) != class_sizes:
         raise UserError(
             f"{source}: comes from {before} training images, by class; there are {class_sizes} now, and training and "
-            "validation images would be mixed up; start anew without it"
+            "validation images would be mixed up; start over without it"
         )
 
 
