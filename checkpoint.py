@@ -175,11 +175,11 @@ def check_same_split(path: Path, settings: dict, seed: int, valid_ratio: float, 
         split = {"seed": settings["seed"], "valid_ratio": settings["valid_ratio"]}
         split |= {"folds": settings.get("folds", 0), "runs": settings.get("runs", 1)}
         split |= {"data": settings.get("data", FASHION_MNIST)}
-        is_same = split["seed"] == seed and split["valid_ratio"] >= valid_ratio and not split["folds"] and split["runs"] == 1
-        is_same = is_same and resolve(split["data"]) == resolve(data)
+        is_one_split = not split["folds"] and split["runs"] == 1 and is_same("data", split["data"], data)
+        may_have_seen = not is_one_split or split["seed"] != seed or split["valid_ratio"] < valid_ratio
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: doesn't say on which images it was trained; train it again") from None
-    if valid_ratio and not is_same:
+    if valid_ratio and may_have_seen:
         raise UserError(
             f"{path}: was trained with {' '.join(f'{key}={value}' for key, value in split.items())}, so that it may have seen "
             f"validation images of seed={seed} valid_ratio={valid_ratio} data={data}; train it with the same, or name none, "

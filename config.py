@@ -156,7 +156,9 @@ class DataSettings(BaseModel):
     output_dim: int = setting(0, "number of classes; 0 = all that the data set has, 2 = clothes or shoe in Fashion-MNIST", ge=0)
 
     @model_validator(mode="after")
-    def _has_garments(self) -> "DataSettings":
+    def _fits_the_data(self) -> "DataSettings":
+        if self.prepare != "photo" and self.data in (FASHION_MNIST, "mnist", "kmnist"):
+            raise ValueError(f"prepare={self.prepare}: is for the images of a folder; name data=FOLDER, or leave it out")
         needs_garments = {"scene", "gan"} & parse_augment(getattr(self, "augment", "")).keys()
         if needs_garments and self.data != FASHION_MNIST:
             raise ValueError(f"augment={needs_garments.pop()}: is made for Fashion-MNIST's garments, not for data={self.data}")

@@ -28,11 +28,10 @@ from data_preprocessing import CLASS_NAMES, CLOTHES_OR_SHOE, load_images, traini
 from model import Classifier, freeze, load_model
 from occlusion import occlusion_maps
 from photo import read_photograph
-from predict import load_for_photographs
 from script import import_extra, load_settings, run_script
+from transfer.last_layer import TransferSettings, beside_photo, learn_classes
 from transfer.shoe_images import load_shoes, make_part
-from transfer.train_eval import TransferSettings, beside_photo, learn_classes
-from views import classify, clothes_or_shoe, select_views
+from views import classify, clothes_or_shoe, load_for_photographs, select_views
 
 MAX_CLASSES = 6
 EXAMPLES = [0, 1, 5, 6, 19, 23]  # training images

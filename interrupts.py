@@ -64,7 +64,8 @@ def resume_command(arguments: list[str], is_saved: bool) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` until this process ends, in whatever way. Raises UserError if one is in it.
+    """While entered, keep other runs out of `folder`; a process that ends, in whatever way, frees it. Raises UserError if a run
+    is in it.
 
     Where the file system has no locks (some NFS, Lustre, containers), it warns and continues without one.
     """

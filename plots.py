@@ -188,7 +188,7 @@ def draw_features(
     """
     side, room = 1_100, 32  # pixels of the raster that holds the images, and from one image to the next
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few outliers would squeeze all others together
-    places = ((points - low) / (high - low) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): left to right, top to bottom
+    places = ((points - low) / (high - low).clip(1e-9) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): to the right, down
     count = len(class_names)
     colours = colormaps["tab10"](range(count)) if count <= 10 else colormaps["gist_rainbow"](np.linspace(0, 1, count))
     colours = colours[:, :3] * 0.85

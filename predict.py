@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 from config import ROOT, ModelFileSettings, UserError, setting
-from data_preprocessing import CLASS_NAMES, CLOTHES_OR_SHOE, load_test_data, training_settings
+from data_preprocessing import CLOTHES_OR_SHOE, load_test_data, training_settings
 from device import choose_device, move
 from model import Classifier, load_model
 from occlusion import occlusion_maps
 from photo import printable, read_photographs
 from script import HELP, load_settings, run_script
 from trainer import infer
-from views import classify, clothes_or_shoe, select_views
+from views import classify, clothes_or_shoe, load_for_photographs, select_views
 
 COLUMNS = ("file", "class", "probability", "runner_up", "warning")  # of predictions.csv
 
@@ -55,14 +55,6 @@ def predict_test_image(model: Classifier, images: torch.Tensor, labels: torch.Te
 
 def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
     return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
-
-
-def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
-    """The model that the settings name or, if they name none, that of recipe=photo; whether it says clothes or shoe, too."""
-    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
-    path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
-    model = load_model(path)
-    return move(model, choose_device(settings.device)), not is_named and tuple(model.metadata["class_names"]) == CLASS_NAMES
 
 
 def predict_photographs(model: Classifier, says_shoe: bool, paths: list[Path], out: Path) -> None:

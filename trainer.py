@@ -195,24 +195,11 @@ class Trainer:
 
         torch.manual_seed(seed)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # of the order and the augmentation
-        model_keys, classes = {"architecture", "dropout", "activation", "init"}, len(self.class_names)
-        self.model = build_model(output_dim=classes, **settings.model_dump(include=model_keys))
-        if settings.pretrained:
-            load_imagenet_weights(self.model)
-        self.model.set_statistics(mean, std, images[train[:2000]].cpu())
-        if settings.finetune:  # after a whitened first layer was fitted, because the layers above know the other model's
-            path = resolve(settings.finetune)
-            start = load_model(path)
-            if resolve(training_settings(start.metadata)["data"]) == resolve(settings.data):  # else it has seen none of these
-                checkpoint.check_same_split(path, start.metadata.get("settings", {}), seed, settings.valid_ratio, settings.data)
-                checkpoint.check_same_images(f"finetune={path}", start.metadata, self.class_sizes)
-            checkpoint.load_parameters(self.model.features, start.features.state_dict(), path)
-        if settings.batch_norm:
-            add_batch_norm(self.model)
-        move(self.model, self.device)
+        self.model = self._build_model(seed, mean, std)
         self.ema = EMA(self.model, settings.ema_decay) if settings.ema_decay else None
         self.sampler = HardExampleSampler(train) if min(fractions) < 1 else None
         self.scene_fraction = parse_augment(settings.augment).get("scene", 0.0)
+        classes = len(self.class_names)
         counts = self.labels[train].bincount(minlength=classes).clamp(1)
         class_weights = len(train) / (classes * counts) if settings.class_weights == "balanced" else None  # mean over images: 1
         teacher = load_teacher(settings, seed, data, self.class_sizes) if settings.teacher else None
@@ -226,6 +213,25 @@ class Trainer:
         if self.device.type == "cuda" and distributed.world_size() == 1 and smallest == settings.batch_size > 1:
             first = train[:smallest]
             capture(self.criterion, (images[first], self.labels[first], self.fine_labels[first], first), precision)
+
+    def _build_model(self, seed: int, mean: float, std: float) -> Classifier:
+        """The model before the first step, on the training's device. The pixels' statistics are those of its normalisation."""
+        settings, keys = self.settings, {"architecture", "dropout", "activation", "init"}
+        model = build_model(output_dim=len(self.class_names), **settings.model_dump(include=keys))
+        if settings.pretrained:
+            load_imagenet_weights(model)
+        model.set_statistics(mean, std, self.images[self.train[:2000]].cpu())
+        if settings.finetune:  # after a whitened first layer was fitted, because the layers above know the other model's
+            path = resolve(settings.finetune)
+            start = load_model(path)
+            data = training_settings(start.metadata)["data"]
+            if checkpoint.is_same("data", data, settings.data):  # else it has seen none of these images
+                checkpoint.check_same_split(path, start.metadata.get("settings", {}), seed, settings.valid_ratio, data)
+                checkpoint.check_same_images(f"finetune={path}", start.metadata, self.class_sizes)
+            checkpoint.load_parameters(model.features, start.features.state_dict(), path)
+        if settings.batch_norm:
+            add_batch_norm(model)
+        return move(model, self.device)
 
     def train_epoch(self, epoch: int, valid_losses: Sequence[float]) -> tuple[float, float]:
         """Train on the epoch's batches; mean cross-entropy, in nats, and accuracy of its images while they were trained on.

@@ -6,8 +6,9 @@ The views fail on different photographs, so the answer is a mean of their probab
 
 import torch
 
-from config import FASHION_MNIST, ROOT, parse_augment
+from config import FASHION_MNIST, ROOT, ModelFileSettings, parse_augment
 from data_preprocessing import CLASS_NAMES, SHOES, task_labels, training_settings
+from device import choose_device, move
 from model import Classifier, load_model
 from photo import CUT_OUT, WHOLE
 from trainer import infer
@@ -17,6 +18,14 @@ TEMPERATURE = 1.5  # of each view's softmax; the mean is sharpened by it again. 
 # and an exponent that makes it surer. Fitted to photographs of shops and phones, each class having the same weight.
 ODDS = {"Trouser": 1.2, "Pullover": 2.2, "Dress": 1.2, "Coat": 0.7, "Sandal": 1.2, "Shirt": 0.6, "Sneaker": 2.0, "Bag": 0.33}
 SHARPNESS = 1.2
+
+
+def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
+    """The model that the settings name or, if they name none, that of recipe=photo; whether it says clothes or shoe, too."""
+    is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
+    path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
+    model = load_model(path)
+    return move(model, choose_device(settings.device)), not is_named and tuple(model.metadata["class_names"]) == CLASS_NAMES
 
 
 def reads_scenes(model: Classifier) -> bool:

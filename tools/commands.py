@@ -22,7 +22,7 @@ from data_preprocessing import load_images
 from script import check_no_settings, run_script
 
 LEFT_OUT = {"pip", "pytest", "tools/bench.py", "demo.py", "jupyter"}
-DRY = {"train.py": ["epochs=1", "limit=1000"], "tune.py": ["epochs=1", "limit=1000", "trials=2"]}
+DRY = {"train.py": ["epochs=1", "limit=1000"], "tune.py": ["epochs=1", "limit=1000", "trials=2"], "score.py": ["limit=1000"]}
 PHOTOS = {
     "photo_of_a_shoe.jpg": 0,
     "another.png": 1,

@@ -35,7 +35,7 @@ import train
 from config import RunSettings, Settings, UserError
 from script import load_settings
 from tools import bench, soft_targets, tune
-from transfer import train_eval
+from transfer.last_layer import TransferSettings
 
 Trials = Iterator[tuple[str, list[bool]]]  # name of a row, whether each trial passed
 
@@ -170,7 +170,7 @@ def settings(_: Path) -> Trials:
     from hypothesis import strategies as some
 
     types: list = [Settings, RunSettings, testing.TestSettings, predict.PredictSettings, bench.BenchSettings, tune.TuneSettings]
-    types += [gan.train.GanSettings, gan.sample.SampleSettings, gan.score.ScoreSettings, train_eval.TransferSettings]
+    types += [gan.train.GanSettings, gan.sample.SampleSettings, gan.score.ScoreSettings, TransferSettings]
     keys = sorted({key for kind in types for key in kind.model_fields})
     texts = some.text(some.characters(exclude_characters="\n"), max_size=20)
     odd = some.sampled_from(["true", "false", "", "nan", "inf", "1e999", "hflip:2", "gan:", "shift:1,,", "None", "[1]", "{}"])

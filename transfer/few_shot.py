@@ -77,10 +77,13 @@ class FisherLearner:
     mean half way to the mean of the images assigned to it (soft k-means: Ren et al. 2018, arXiv 1803.00676, 3.1.1).
     """
 
-    def __init__(self, extract: Extract, unlabelled: torch.Tensor, source: Source, seed: int):
+    def __init__(
+        self, extract: Extract, unlabelled: torch.Tensor, source: Source, seed: int, features: torch.Tensor | None = None
+    ):
+        """`features`: of the unlabelled images, if they are known."""
         self.extract, self.source = extract, source
         self.generator = torch.Generator().manual_seed(seed)
-        features = extract(unlabelled)
+        features = extract(unlabelled) if features is None else features
         self.mean = features.mean(0)
         self.length = (features - self.mean).norm(dim=1).mean()
         self.unlabelled = self._normalize(features)  # (U, D)

@@ -112,14 +112,6 @@ def test_a_foreign_file_is_refused(foreign, tmp_path):
         checkpoint.load(tmp_path / "best_model.pt", "best_model")
 
 
-def test_a_file_of_an_older_version_is_refused_in_one_line(contents, tmp_path):
-    path = tmp_path / "best_model.pt"
-    torch.save({"mean": 0.286, "std": 0.353, "parameters": contents.pop("model"), **contents}, path)
-    with pytest.raises(UserError, match=r"best_model\.pt: is no .* file of this version of the project") as refused:
-        load_model(path)
-    assert "\n" not in str(refused.value)
-
-
 def test_a_recipes_missing_model_is_refused_with_the_command_that_makes_it():
     with pytest.raises(UserError, match=r"no such file; python train\.py recipe=fast makes it"):
         checkpoint.load(ROOT / "runs" / "fast" / "absent.pt", "best_model")

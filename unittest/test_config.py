@@ -18,7 +18,7 @@ from gan import score as gan_score
 from gan import train as gan_train
 from script import load_settings
 from tools import bench, soft_targets, tune
-from transfer import train_eval
+from transfer import last_layer, train_eval
 
 RECIPES = sorted((config.ROOT / "recipes").glob("*.json"))
 WITHOUT_TRAINING = [test_script, predict, explore, soft_targets, train_eval, gan_sample, gan_score]
@@ -27,7 +27,7 @@ EVERY_TYPE = [
     test_script.TestSettings,
     predict.PredictSettings,
     explore.ExploreSettings,
-    train_eval.TransferSettings,
+    last_layer.TransferSettings,
     gan_train.GanSettings,
     gan_sample.SampleSettings,
     gan_score.ScoreSettings,
@@ -200,6 +200,7 @@ def test_a_script_without_training_has_no_settings_of_training(script):
         ("optimizer=adm", "known: sgd, adam, adamw"),
         ("output_dim=-1", "greater than or equal to 0"),
         ("prepare=cut", "'photo', 'views' or 'resize'"),
+        ("prepare=resize", "name data=FOLDER"),
         ("device=tpu", "cpu"),
         ("data_dir=", "at least 1"),
         ("augment=hflp", "known: hflip"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 import demo
 from config import ROOT, UserError
-from transfer.train_eval import TransferSettings
+from transfer.last_layer import TransferSettings
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 
@@ -288,9 +287,3 @@ def test_bad_input_is_refused_in_one_line(script, word, message, tmp_path):
 def test_a_fraction_below_0_or_from_1_is_refused(fraction):
     with pytest.raises(UserError, match="gan_fraction"):
         load_settings(["augment=gan", f"gan_fraction={fraction}"], TrainSettings)
-
-
-def test_a_checkpoint_of_another_kind_is_refused(uninterrupted, tmp_path):
-    shutil.copyfile(ROOT / "checkpoint.pt", tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"checkpoint\.pt: is no gan_checkpoint file"):
-        run(tmp_path, "resume=true")

@@ -26,7 +26,7 @@ from model import load_model
 from script import load_settings
 from tools import soft_targets
 from trainer import infer
-from transfer import train_eval
+from transfer import last_layer, train_eval
 from views import select_views
 
 
@@ -248,7 +248,7 @@ def test_soft_targets_are_of_the_models_training_images(out, tmp_path, digits):
 
 
 def test_task_2_freezes_the_model_and_reads_images_as_it_does(out, digits, few, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_eval, "UNLABELLED", 50)
+    monkeypatch.setattr(last_layer, "UNLABELLED", 50)
     monkeypatch.setattr(train_eval, "draw_pictures", lambda *_: None)
     for label in ("0", "1"):  # other images than `few` has
         (few / "test" / label).mkdir(parents=True)

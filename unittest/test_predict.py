@@ -91,9 +91,11 @@ def test_every_colour_mode_gives_nearly_the_same_view(mode, suffix, tmp_path):
     assert np.abs(view - expected).mean() < 3
 
 
-def test_16_bits_per_pixel_are_read(tmp_path):
-    Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert (to_fashion_mnist(open_image(tmp_path / "deep.png")) == to_fashion_mnist(photograph())).all()
+@pytest.mark.parametrize("factor, dtype", [(16, np.uint16), (257, np.uint16), (1, np.int32)])
+def test_8_12_and_16_bits_in_wider_pixels_are_read(factor, dtype, tmp_path):
+    grey = np.linspace(0, 255, 900).astype(np.uint8).reshape(30, 30)
+    Image.fromarray(grey.astype(dtype) * factor).save(tmp_path / "deep.tiff")
+    assert (np.asarray(open_image(tmp_path / "deep.tiff").convert("L")) == grey).all()
 
 
 def test_a_transparent_background_is_white(tmp_path):

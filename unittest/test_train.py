@@ -7,14 +7,12 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import checkpoint
-import config
 import data_preprocessing
 import train
 import trainer
@@ -265,6 +263,13 @@ def test_a_checkpoint_that_changed_before_the_folder_was_locked_is_not_resumed(u
         pytest.fail("the folder was entered")
 
 
+def test_a_resumed_run_with_more_epochs_says_what_becomes_of_its_schedule(tmp_path, capsys):
+    words = ["limit=300", "valid_ratio=0.02", f"out_dir={tmp_path}"]
+    train.main([*words, "epochs=1"])
+    train.main([*words, "epochs=2", "resume=true"])
+    assert "the linear schedule now covers all of them" in capsys.readouterr().out
+
+
 def test_starting_over_in_a_runs_folder_is_announced(tmp_path, capsys):
     run(tmp_path, "epochs=1")
     assert "starts over" not in capsys.readouterr().out
@@ -275,18 +280,6 @@ def test_starting_over_in_a_runs_folder_is_announced(tmp_path, capsys):
 # ---- folders and files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["architecture=resnet8", "output_dim=10"], ["output_dim=10"]])
-def test_another_model_than_task_1s_needs_an_out_dir_and_replaces_no_file(words, tmp_path, data_path, monkeypatch):
-    shutil.copyfile(ROOT / "config.json", tmp_path / "config.json")
-    for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
-        (tmp_path / name).write_text("Task 1's")
-    monkeypatch.setattr(config, "ROOT", tmp_path)  # nothing of ours is replaced if it is not refused
-    with pytest.raises(UserError, match="Task 1's files would be replaced; add out_dir=FOLDER"):
-        train.main([*SHORT, *words, f"data_dir={data_path}"])
-    for name in ("checkpoint.pt", "best_model.pt", "history.jsonl"):
-        assert (tmp_path / name).read_text() == "Task 1's"
-
-
 def test_two_runs_keep_out_of_each_others_folder(tmp_path):
     with lock_folder(tmp_path):
         with pytest.raises(UserError, match="another run is writing there"):
@@ -294,10 +287,8 @@ def test_two_runs_keep_out_of_each_others_folder(tmp_path):
     run(tmp_path, "epochs=1")  # it is free again
 
 
-def test_only_files_of_processes_that_were_killed_while_saving_are_removed(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left, other = tmp_path / f".checkpoint.pt.{dead.pid}.part", tmp_path / f".scores.json.{os.getpid()}.part"
+def test_parts_of_an_earlier_runs_files_are_removed_and_others_kept(tmp_path):
+    left, other = tmp_path / ".checkpoint.pt.1.part", tmp_path / ".scores.json.1.part"
     for path in (left, other):
         path.touch()
     with lock_folder(tmp_path):

@@ -5,8 +5,6 @@ No test evaluates on Task 2's test images: queries come from the pool, or from f
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -20,7 +18,7 @@ from data_preprocessing import CLASS_NAMES
 from model import freeze, load_model
 from script import load_settings
 from trainer import infer
-from transfer import few_shot, shoe_images, train_eval
+from transfer import few_shot, last_layer, shoe_images, train_eval
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def own_shoes(train_data, tmp_path_factory):
 def few_unlabelled():
     """Images without labels are for the accuracy; a tenth of them is enough to run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_eval, "UNLABELLED", 150)
+        patch.setattr(last_layer, "UNLABELLED", 150)
         yield
 
 
@@ -111,7 +109,7 @@ def test_half_of_the_distorted_photographs_are_flipped():
 @pytest.mark.parametrize("label", [1, 9])
 def test_training_images_use_their_own_class_without_labels(label, train_data, capsys):
     model, supports = load_model(ROOT / "checkpoint.pt"), train_data[0][train_data[1] == label][:20]
-    unlabelled, source = train_eval.choose_unlabelled(model, supports, train_eval.TransferSettings())
+    unlabelled, _, source = last_layer.choose_unlabelled(model, supports, last_layer.TransferSettings())
     assert source is few_shot.DATA_SET and CLASS_NAMES[label] in capsys.readouterr().out
     members = {image.numpy().tobytes() for image in train_data[0][train_data[1] == label]}
     assert {image.numpy().tobytes() for image in unlabelled} <= members
@@ -119,14 +117,14 @@ def test_training_images_use_their_own_class_without_labels(label, train_data, c
 
 def test_images_from_elsewhere_use_all_classes_without_labels(train_data):
     model, supports = load_model(ROOT / "checkpoint.pt"), 255 - train_data[0][train_data[1] == 9][:20]
-    unlabelled, source = train_eval.choose_unlabelled(model, supports, train_eval.TransferSettings())
-    assert source is few_shot.PHOTOGRAPHS and len(unlabelled) == train_eval.UNLABELLED
+    unlabelled, _, source = last_layer.choose_unlabelled(model, supports, last_layer.TransferSettings())
+    assert source is few_shot.PHOTOGRAPHS and len(unlabelled) == last_layer.UNLABELLED
 
 
 def test_an_images_features_are_the_mean_over_its_views(train_data):
     model, images = load_model(ROOT / "checkpoint.pt"), train_data[0][:6]
     features = infer(model, images, features=True)
-    pairs = train_eval.extract(model, images.view(3, 2, 28, 28))
+    pairs = last_layer.extract(model, images.view(3, 2, 28, 28))
     assert torch.allclose(pairs, (features[::2] + features[1::2]) / 2, atol=1e-5)
 
 
@@ -247,16 +245,16 @@ def test_the_saved_model_has_a_last_layer_of_the_new_classes(out):
 
 def test_photos_features_times_six_are_beside_task_1s(train_data):
     task1, photo = load_model(ROOT / "checkpoint.pt"), load_model(ROOT / "runs" / "photo" / "best_model.pt")
-    features = infer(train_eval.beside_photo(task1), train_data[0][:20], features=True)
+    features = infer(last_layer.beside_photo(task1), train_data[0][:20], features=True)
     assert features[:, :1568].equal(infer(task1, train_data[0][:20], features=True))
     expected = infer(photo, train_data[0][:20], features=True)
     assert torch.allclose(features[:, 1568:], 6 * expected, atol=0.05)  # photo's own mean and std differ in the fourth digit
 
 
 def test_beside_photo_task_1_reads_the_cut_outs_and_photo_all_views(train_data):
-    model, views = train_eval.beside_photo(load_model(ROOT / "checkpoint.pt")), train_data[0][:10].view(2, 5, 28, 28)
+    model, views = last_layer.beside_photo(load_model(ROOT / "checkpoint.pt")), train_data[0][:10].view(2, 5, 28, 28)
     each = infer(model, views.flatten(0, 1).unsqueeze(1), features=True).view(2, 5, -1)
-    features = train_eval.extract(model, views)
+    features = last_layer.extract(model, views)
     assert torch.allclose(features[:, :1568], each[:, :2, :1568].mean(1), atol=1e-4)
     assert torch.allclose(features[:, 1568:], each[:, :, 1568:].mean(1), atol=1e-4)
 
@@ -320,7 +318,7 @@ def test_episodes_report_their_mean_and_spread(episodes):
     assert (scores["accuracy_mean"], scores["accuracy_std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert (scores["accuracy_min"], scores["accuracy_max"]) == (min(values), max(values))
     assert scores["accuracy_p5"] == pytest.approx(np.percentile(values, 5))
-    assert set(scores["other_ways"]) == {train_eval.REFERENCE, train_eval.UNTRAINED, train_eval.PIXELS}
+    assert set(scores["other_ways"]) == {last_layer.REFERENCE, last_layer.UNTRAINED, last_layer.PIXELS}
 
 
 def test_episodes_draw_accuracy_by_shots_and_the_pool(episodes):
@@ -328,21 +326,18 @@ def test_episodes_draw_accuracy_by_shots_and_the_pool(episodes):
     assert {path.name for path in (episodes[0] / "plots").iterdir()} == names
 
 
-def test_inside_its_own_folder_settings_are_chosen_on_the_pool_without_a_file_written(tmp_path):
-    words = ["query=pool", "episodes=5", "shots=2", f"out_dir={tmp_path}"]
-    command = [sys.executable, "train_eval.py", *words]
-    ended = subprocess.run(command, cwd=ROOT / "transfer", capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert "accuracy on 113 images" in ended.stdout and not list(tmp_path.iterdir())  # of 117, four are supports
+def test_settings_are_chosen_on_the_pool_without_a_file_written(tmp_path, few_unlabelled, capsys):
+    train_eval.main(["query=pool", "episodes=5", "shots=2", f"out_dir={tmp_path}"])
+    assert "accuracy on 113 images" in capsys.readouterr().out and not list(tmp_path.iterdir())  # of 117, four are supports
 
 
 def test_nine_unlabelled_flats_to_one_heel_cost_two_points_at_most(train_data):
     model, boots = load_model(ROOT / "checkpoint.pt"), train_data[0][train_data[1] == 9]
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2, episodes=100), model)
+    episodes = train_eval.Episodes(last_layer.TransferSettings(query="pool", shots=2, episodes=100), model)
     distances = torch.cdist(boots.flatten(1).float(), episodes.pool.images.flatten(1).float())
     is_heel = episodes.pool.labels[distances.argmin(1)].bool()  # as the nearest image of the pool
     unlabelled = {"as they come": boots[:600], "nine to one": torch.cat([boots[~is_heel][:540], boots[is_heel][:60]])}
-    extract = partial(train_eval.extract, model)
+    extract = partial(last_layer.extract, model)
     rows = episodes.run({name: few_shot.FisherLearner(extract, u, few_shot.DATA_SET, 0) for name, u in unlabelled.items()})
     before, after = (np.mean(rows[name][2]) for name in unlabelled)
     assert before > 0.97 and after > before - 0.02
@@ -350,7 +345,7 @@ def test_nine_unlabelled_flats_to_one_heel_cost_two_points_at_most(train_data):
 
 def test_supports_from_the_pool_are_no_queries(train_data):
     episodes = train_eval.Episodes(
-        train_eval.TransferSettings(query="pool", shots=2, episodes=10), load_model(ROOT / "checkpoint.pt")
+        last_layer.TransferSettings(query="pool", shots=2, episodes=10), load_model(ROOT / "checkpoint.pt")
     )
     rows = episodes.run({"pixels": pixel_learner(train_data[0][:100], few_shot.PHOTOGRAPHS)})["pixels"][2]
     right = np.array(rows) * 113  # of 117 images, four are supports
@@ -360,7 +355,7 @@ def test_supports_from_the_pool_are_no_queries(train_data):
 def test_choosing_settings_reads_no_test_image(monkeypatch, tmp_path):
     load_images = shoe_images.load_images
     monkeypatch.setattr(shoe_images, "load_images", lambda split, path: load_images({"train": "train"}[split], path))
-    episodes = train_eval.Episodes(train_eval.TransferSettings(query="pool", shots=2), load_model(ROOT / "checkpoint.pt"))
+    episodes = train_eval.Episodes(last_layer.TransferSettings(query="pool", shots=2), load_model(ROOT / "checkpoint.pt"))
     assert episodes.parts.keys() == {"train", "pool"}
 
 
@@ -373,16 +368,7 @@ def test_an_episode_needs_an_image_to_test_on(own_shoes, tmp_path):
 
 def spoil(folder, how):
     victim = sorted((folder / "train").iterdir())[0]
-    if how == "empty class":
-        for path in victim.iterdir():
-            path.unlink()
-    elif how == "one class":
-        for path in sorted((folder / "train").iterdir())[1:]:
-            path.rename(folder / path.name)
-    elif how == "all unreadable":
-        for path in victim.iterdir():
-            path.write_bytes(b"no image")
-    elif how == "other classes":
+    if how == "other classes":
         victim.rename(victim.with_name("Zebra"))
     elif how == "no test":
         (folder / "test").rename(folder / "tests")
@@ -391,9 +377,6 @@ def spoil(folder, how):
 @pytest.mark.parametrize(
     "how, words, message",
     [
-        ("empty class", [], "has no image that can be read"),
-        ("all unreadable", [], "has no image that can be read"),
-        ("one class", [], "one class only"),
         ("other classes", [], "has the classes"),
         ("no test", [], "there is no such folder; put images into"),
         ("nothing", ["shots=5"], "only 4 images"),
@@ -427,12 +410,5 @@ def test_a_stray_file_is_passed_over_with_one_line(name, own_shoes, tmp_path, ca
     assert len(lines) == 1 and lines[0].startswith(f"{path}: ")
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(task1, own_shoes, tmp_path):
-    foreign = {**task1, "architecture": "vgg"}
-    checkpoint.save(tmp_path / "other.pt", foreign)
-    with pytest.raises(UserError, match="names no model"):
-        train_eval.main([f"shoes_dir={own_shoes}", f"out_dir={tmp_path}", f"checkpoint={tmp_path / 'other.pt'}"])
-
-
 def test_the_default_out_dir_is_transfer():
-    assert load_settings([], train_eval.TransferSettings).out_path == ROOT / "transfer"
+    assert load_settings([], last_layer.TransferSettings).out_path == ROOT / "transfer"
