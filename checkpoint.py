@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,10 +67,19 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def save(path: Path, contents: dict) -> None:
-    """Save a dict of plain types, so that `torch.load(path, weights_only=True)` opens it again."""
+    """Save a dict of plain types, so that `torch.load(path, weights_only=True)` opens it again, on any machine."""
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save(_on_cpu(contents), buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def _on_cpu(value: Any) -> Any:
+    """The value with the tensors in its dicts and lists on the CPU: torch opens a GPU's only where there is one."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    return [_on_cpu(part) for part in value] if isinstance(value, list) else value
 
 
 def save_json(path: Path, contents: dict) -> None:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from config import ROOT, UserError
 from tools import cards
@@ -26,7 +27,16 @@ def test_every_network_has_its_checksum():
     assert not git("ls-files", "*.pt") or cards.networks() == list(SUMS)
 
 
-@pytest.mark.parametrize("network", [path for path in SHIPPED if path.endswith(("best_model.pt", "generator.pt"))])
+NETWORKS = [path for path in SHIPPED if path.endswith(("best_model.pt", "generator.pt"))]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_torch_alone_opens_every_network_without_a_gpu(network):
+    parameters = torch.load(ROOT / network, weights_only=True)["model"].values()
+    assert {tensor.device.type for tensor in parameters} == {"cpu"}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_every_card_is_that_of_its_network(network):
     assert cards.card_path(network).read_text() == cards.card(network)
 
