@@ -273,9 +273,9 @@ class RunSettings(TrainSettings):
         several = f"folds={self.folds}" if self.folds else f"runs={self.runs}" if self.runs > 1 else ""
         has_generated = "gan" in parse_augment(self.augment)
         if several and (self.teacher or self.finetune or has_generated):
-            known = {"teacher": self.teacher, "finetune": self.finetune, "augment": self.augment}
-            learned = next(f"{key}={value}" for key, value in known.items() if value)
-            raise ValueError(f"{learned}: was trained on images that other splits validate on; leave {several} out")
+            models = {"teacher": self.teacher, "finetune": self.finetune, "augment": self.augment}
+            word = next(f"{key}={value}" for key, value in models.items() if value)
+            raise ValueError(f"{word}: was trained on images that other splits validate on; leave {several} out")
         return self
 
 

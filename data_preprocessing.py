@@ -159,9 +159,9 @@ def _load_folder(name: str, split: str, prepare: str) -> Dataset:
         raise UserError(f"{folder}: has no folder train; put images into {folder}/train/CLASS/")
     has_test = (folder / "test").is_dir()
     if has_test:  # before an hour of training
-        here, there = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))
-        if here != there:
-            raise UserError(f"{folder / 'test'}: has the classes {here or '(none)'}; train has {there}")
+        test, train = (", ".join(path.name for path in _class_folders(folder / part)) for part in ("test", "train"))
+        if test != train:
+            raise UserError(f"{folder / 'test'}: has the classes {test or '(none)'}; train has {train}")
     classes = read_class_folders(folder / (split if has_test else "train"), lambda path: read_views(path, prepare))
     images = torch.stack([views for files in classes.values() for views in files.values()])  # (N, V, 28, 28)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))

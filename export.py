@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> None:
         session.run(None, {"images": single})
     middle = time.perf_counter()
     probabilities = torch.from_numpy(session.run(None, {"images": pixels})[0])
-    one_by_one, together = (middle - started) / len(singles), (time.perf_counter() - middle) / len(pixels)  # seconds per image
+    alone_seconds = (middle - started) / len(singles)  # per image
+    batch_seconds = (time.perf_counter() - middle) / len(pixels)
     difference = (infer(model, images).softmax(1) - probabilities).abs().max().item()
     report = f"largest difference from PyTorch on {len(images):,} test images {difference:.1e}"
     if not difference <= MAX_DIFFERENCE:
@@ -92,8 +93,8 @@ def main(arguments: list[str]) -> None:
     path = settings.out_path / "model.onnx"
     checkpoint.write_atomically(path, contents)
     print(
-        f"{report}; {len(contents) / 1e6:.2f} MB; onnxruntime: {one_by_one * 1e3:.2f} ms per image one by one, "
-        f"{together * 1e3:.2f} ms in a batch of {len(pixels):,}; wrote {path}"
+        f"{report}; {len(contents) / 1e6:.2f} MB; onnxruntime: {alone_seconds * 1e3:.2f} ms per image one by one, "
+        f"{batch_seconds * 1e3:.2f} ms in a batch of {len(pixels):,}; wrote {path}"
     )
 
 

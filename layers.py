@@ -22,7 +22,7 @@ class WhitenedConv2d(nn.Conv2d):
     def fit(self, x: torch.Tensor) -> None:
         """Set the filters from normalised images `x` `(N, 1, 28, 28)` and freeze them."""
         size = self.kernel_size[0]
-        patches = F.unfold(x, size).mT.reshape(-1, size * size)  # (N, k*k, places) -> (N*places, k*k)
+        patches = F.unfold(x, size).mT.reshape(-1, size * size)  # (N, k*k, positions) -> (N*positions, k*k)
         variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending; components are columns
         filters = (components / (variances + 0.01).sqrt()).T.flip(0)[: len(self.weight) // 2].view(-1, 1, size, size)
         self.weight[: 2 * len(filters)] = torch.cat([filters, -filters])

@@ -337,9 +337,9 @@ def summarize(model: nn.Module) -> list[LayerSummary]:
 
     def append_row(layer: nn.Module, _: tuple, output: torch.Tensor) -> None:
         weights = layer.weight.numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0
-        places = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1  # at which the weights are applied
+        positions = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1  # at which the weights are applied
         shape = tuple(output.shape[1:])
-        rows.append(LayerSummary(names[layer], type(layer).__name__, shape, count_parameters(layer), weights * places))
+        rows.append(LayerSummary(names[layer], type(layer).__name__, shape, count_parameters(layer), weights * positions))
 
     for layer in names:
         layer.register_forward_hook(append_row)

@@ -59,18 +59,14 @@ def resize(image: Image.Image) -> np.ndarray:
 
 
 def read_photographs(paths: list[Path], preparation: str = "photo") -> tuple[list[Path], list[Photograph]]:
-    """The photographs and their files; a line on stderr for each file that can't be read. Raises UserError if none can."""
+    """The photographs and their files, without those that can't be read: a line on stderr names each of them."""
     files, photographs = [], []
     for path in tqdm(paths, "photographs", disable=None if len(paths) > 10 else True, leave=False):
         try:
             photographs.append(read_photograph(path, preparation))
             files.append(path)
         except UserError as error:
-            if len(paths) == 1:
-                raise
-            tqdm.write(str(error), file=sys.stderr)
-    if not files:
-        raise UserError(f"none of the {len(paths)} files could be read")
+            tqdm.write(printable(str(error)), file=sys.stderr)
     return files, photographs
 
 
@@ -136,8 +132,8 @@ def _square(values: np.ndarray, background: float | None = None) -> np.ndarray:
 
 
 def printable(name: str) -> str:
-    """A file's name in characters that can be printed and drawn: not every file system's names are Unicode."""
-    return os.fsencode(name).decode(errors="replace")
+    """A file's name in one line of characters that can be printed and drawn: not every file system's names are Unicode."""
+    return os.fsencode(name).decode(errors="replace").replace("\n", " ")
 
 
 def open_image(path: Path) -> Image.Image:

@@ -188,19 +188,19 @@ def draw_features(
     """
     side, room = 1_100, 32  # pixels of the raster that holds the images, and from one image to the next
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few outliers would squeeze all others together
-    places = ((points - low) / (high - low).clip(1e-9) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): to the right, down
+    positions = ((points - low) / (high - low).clip(1e-9) * [1, -1] + [0, 1]) * (side - room)  # (N, 2): to the right, down
     count = len(class_names)
     colours = colormaps["tab10"](range(count)) if count <= 10 else colormaps["gist_rainbow"](np.linspace(0, 1, count))
     colours = colours[:, :3] * 0.85
     raster, is_free = np.zeros((side, side, 4), np.uint8), np.ones((side, side), bool)
-    for (left, top), label, image in zip(places.astype(int), labels, images):
+    for (left, top), label, image in zip(positions.astype(int), labels, images):
         if 0 <= left <= side - room and 0 <= top <= side - room and is_free[top : top + room, left : left + room].all():
             is_free[top : top + room, left : left + room] = False
             raster[top : top + 28, left : left + 28, :3] = colours[label] * (140 + 0.45 * image[:, :, None])
             raster[top : top + 28, left : left + 28, 3] = np.where(image > 10, 255, 0)
     with picture(path, (9, 9.6), layout=None) as figure:
         axes = figure.add_axes((0.04, 0.1, 0.94, 0.86))  # a computed layout would draw everything twice
-        x, y = (places + 14).T
+        x, y = (positions + 14).T
         axes.scatter(x, y, s=3, c=colours[labels], alpha=0.25, lw=0)
         axes.imshow(raster, extent=(0, side, side, 0), interpolation="none", zorder=2)  # over the points
         for name, colour in zip(class_names, colours):

@@ -1,8 +1,9 @@
 """Predict one test image, or photographs: `python predict.py [recipe=NAME] [key=value ...] [IMAGE ...]`.
 
-An IMAGE is a file, a folder or a pattern. The model of recipe=photo says clothes or shoe, and which of the ten classes; recipe,
-out_dir or checkpoint name another model. `index=N` takes test image N; with neither, a random one is taken, by Task 1's model.
-Prints the predictions and writes predictions.csv and plots/prediction*.png, with what mattered in each view, in out_dir.
+An IMAGE is a file, a folder or a pattern, in the current folder or, where that has none, in the repository's. The model of
+recipe=photo predicts clothes or shoe, and which of the ten classes; recipe, out_dir or checkpoint name another model. `index=N`
+takes test image N; with neither, a random one is taken, by Task 1's model. Prints the predictions and writes
+plots/prediction*.png, with what mattered in each view, and, of photographs, predictions.csv in out_dir.
 """
 
 import csv
@@ -57,15 +58,17 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
     return f"{names[int(probability.argmax())]} ({probability.max():.2%})"
 
 
-def predict_photographs(model: Classifier, says_shoe: bool, paths: list[Path], out: Path) -> None:
-    """Print, list in predictions.csv and draw the predictions; with `says_shoe`, also whether it is clothes or a shoe."""
+def predict_photographs(model: Classifier, with_shoe: bool, paths: list[Path], out: Path) -> None:
+    """Print, list in predictions.csv and draw the predictions; with `with_shoe`, also whether it is clothes or a shoe."""
     files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
+    if not files:
+        raise SystemExit(2)  # each has its line on stderr
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
     probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []
     for path, photograph, probability in zip(files, photographs, probabilities):
         answers = [answer(probability, names)]
-        if says_shoe:
+        if with_shoe:
             answers.insert(0, answer(clothes_or_shoe(probability), CLOTHES_OR_SHOE))
         best, runner_up = probability.topk(2).indices.tolist()
         notes = [f"runner-up {names[runner_up]}, {probability[runner_up]:.2%}"] if len(names) > 2 else []
@@ -123,7 +126,8 @@ def main(arguments: list[str]) -> None:
     images, labels, *_ = load_test_data(model.metadata, settings)
     if settings.index >= len(images):
         raise UserError(f"index={settings.index}: there are {len(images):,} test images, from 0 on")
-    index = settings.index if settings.index >= 0 else random.randrange(len(images))
+    generator = random.Random(settings.seed if "seed" in settings.model_fields_set else None)
+    index = settings.index if settings.index >= 0 else generator.randrange(len(images))
     predict_test_image(model, images, labels, index, settings.out_path / "plots" / "prediction.png")
 
 

@@ -62,7 +62,7 @@ def check_no_settings(arguments: list[str], description: str | None) -> None:
         print(description)
         raise SystemExit(0)
     if arguments:
-        raise UserError(f"{arguments[0]!r} is not understood; this script has no settings")
+        raise UserError(f"{arguments[0]!r} is not understood; this script has no settings; help tells what it does")
 
 
 def _typed(settings_type: type[Settings], key: str, text: str) -> object:

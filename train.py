@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, RunSettings)
     device = distributed.init(choose_device(settings.device))
     precision = choose_precision(settings.precision, device)
-    n_models = settings.folds or settings.runs
+    n_models, kind = settings.folds or settings.runs, "fold" if settings.folds else "run"
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), n_models)
     print("settings:", settings)
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
             trainer = Trainer(settings, settings.seed + number - 1, add_generated(split, settings), precision)
             if number == 1:
                 print_summary(trainer.model)
-            name = "" if n_models == 1 else f"{'fold' if settings.folds else 'run'} {number}/{n_models}: "
+            name = "" if n_models == 1 else f"{kind} {number}/{n_models}: "
             sizes = f"{len(split.train):,} training, {len(split.valid):,} validation images"
             print(f"{name}{sizes}; {device} in {str(precision)[6:]}")
             log = None
@@ -77,9 +77,9 @@ def main(arguments: list[str]) -> None:
         plots.draw_curves(run.out / "history.jsonl", run.out / "plots" / "curves.png")
     if n_models > 1:
         bests = [checkpoint.best_epoch(epochs_of_run(run.history, number)) for number in range(1, n_models + 1)]
-        print_runs(bests, "fold" if settings.folds else "run")
+        print_runs(bests, kind)
     best = checkpoint.best_epoch(run.history)
-    epoch = f"{'run {}, '.format(best['run']) if n_models > 1 else ''}epoch {best['epoch']}"
+    epoch = f"{kind} {best['run']}, epoch {best['epoch']}" if n_models > 1 else f"epoch {best['epoch']}"
     text = f"last: {epoch}"
     if "valid_loss" in best:
         text = f"best: {epoch}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}"

@@ -21,7 +21,7 @@ SHARPNESS = 1.2
 
 
 def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]:
-    """The model that the settings name or, if they name none, that of recipe=photo; whether it says clothes or shoe, too."""
+    """The model that the settings name or, if they name none, that of recipe=photo; whether it predicts clothes or shoe."""
     is_named = bool(settings.recipe or settings.out_dir or settings.checkpoint)
     path = settings.model_path if is_named else ROOT / "runs" / "photo" / "best_model.pt"
     model = load_model(path)

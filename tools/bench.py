@@ -165,7 +165,9 @@ def main(arguments: list[str]) -> None:
         return photos.measure(run_folder / "best_model.pt", settings.photos)
     if settings.part == "ladder" and settings.recipe:
         raise UserError(f"recipe={settings.recipe}: part=ladder measures {', '.join(RUNGS)}; use part=accuracy, or no recipe")
-    words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats", "out_dir", "seed")]
+    for key in {"seed", "out_dir"} & settings.model_fields_set:
+        raise UserError(f"{key}={getattr(settings, key)}: seeds are 0 to repeats-1, each in a folder of its own; leave it out")
+    words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats")]
     tested = [word for word in words if word.partition("=")[0] in Settings.model_fields]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

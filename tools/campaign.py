@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the shared mo
 
 import checkpoint
 import train
-from config import ROOT, UserError, config_path, read_config
-from script import run_script
+from config import ROOT, config_path, read_config
+from script import check_no_settings, run_script
 from tools import fuzz
 from tools.fuzz import Trials, ending
 
@@ -204,8 +204,7 @@ PARTS = (kills, saves, disk, environment, fuzz.data, fuzz.checkpoints, fuzz.sett
 
 def main(names: list[str]) -> None:
     known = {part.__name__: part for part in PARTS}
-    if set(names) - known.keys():
-        raise UserError(f"{' '.join(set(names) - known.keys())}: there is no such part; known: {', '.join(known)}")
+    check_no_settings([name for name in names if name not in known], __doc__)
     torch.set_num_threads(1)  # the forked processes then need no other thread of this one
     random.seed(0)
     tried = failures = 0

@@ -1,7 +1,7 @@
-"""Run every command in README.md and GUIDE.md, dry: `python tools/commands.py`, a few minutes. Exit code 1 if one fails.
+"""Run every command in the `sh` blocks of README.md and GUIDE.md, dry: `python tools/commands.py`, a few minutes.
 
-They run in a copy of the repository, in their order, with fewer images and epochs. Left out: pip, pytest,
-tools/bench.py, which measures, and what waits for a browser.
+They run in a copy of the repository, in their order, with fewer images and epochs. Left out: pip, pytest, tools/bench.py,
+which measures, and what waits for a browser. Exit code 1 if one fails.
 """
 
 import re

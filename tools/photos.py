@@ -61,9 +61,9 @@ def measure(path: Path, folder: str) -> None:
     root, model_name = resolve(folder), path.parent.name
     names = [path.name for path in sorted(root.glob("*")) if accepted_labels(path.name) or path.name in CLOTHES_ONLY]
     paths = [path for name in names for path in sorted((root / name).iterdir())]
-    if not paths:
-        raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
     files, photographs = read_photographs(paths)
+    if not files:
+        raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
     views = torch.stack([photograph.views for photograph in photographs])
     refused, backgrounds = len(paths) - len(files), read_backgrounds(root)
     ground = np.array([backgrounds.get(path, "") for path in files])
@@ -73,12 +73,12 @@ def measure(path: Path, folder: str) -> None:
     accepted = [accepted_labels(path.parent.name) for path in files]
 
     task_1, ten = load_model(ROOT / "best_model.pt"), load_model(path)
-    own, others = (classify(model, select_views(model, views)) for model in (task_1, ten))
+    by_task_1, by_ten = (classify(model, select_views(model, views)) for model in (task_1, ten))
     is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
-    for name, probabilities in (("Task 1", own), (model_name, clothes_or_shoe(others))):
+    for name, probabilities in (("Task 1", by_task_1), (model_name, clothes_or_shoe(by_ten))):
         confidence, predicted = probabilities.max(1)
         print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
-    probability, predicted = others.max(1)
+    probability, predicted = by_ten.max(1)
     counts = np.array([bool(labels) for labels in accepted])
     is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
     groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     teacher = move(load_model(settings.model_path), device)
-    images = load_data("train", settings.data_path, training_settings(teacher.metadata)).images
+    images = load_data("train", settings.data_path, training_settings(teacher.metadata)).images[: settings.limit or None]
     teacher_logits = torch.stack([infer(teacher, batch, precision) for batch in (images, images.flip(-1))])
     log_probabilities = teacher_logits.log_softmax(2).mean(0).half()  # (2, N, C) -> (N, C)
     path = settings.out_path / "soft_targets.pt"

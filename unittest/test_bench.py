@@ -33,7 +33,11 @@ def test_the_ladder_measures_recipes_beside_ordinary_training(monkeypatch, capsy
 
 @pytest.mark.parametrize(
     ("part", "word", "message"),
-    [("ladder", "recipe=fast", "recipe=fast: part=ladder measures"), ("valid", "valid_ratio=0", "needs validation images")],
+    [
+        ("ladder", "recipe=fast", "recipe=fast: part=ladder measures"),
+        ("valid", "valid_ratio=0", "needs validation images"),
+        ("valid", "seed=3", "seed=3: seeds are 0 to repeats-1"),
+    ],
 )
 def test_a_part_refuses_what_it_cannot_measure(part, word, message):
     with pytest.raises(UserError, match=message):
