@@ -77,7 +77,7 @@ def load_images(split: str, data_path: Path) -> tuple[torch.Tensor, torch.Tensor
     decompressed contents have the known digest. Raises UserError where no source gives it.
     """
     names = [name for name in IDX_FILES if name.startswith(split)]
-    images, labels = (read_idx(find_idx(name, data_path), IDX_FILES[name][0]) for name in names)
+    images, labels = (read_idx(find_idx(name, data_path), IDX_FILES[name][0], name) for name in names)
     return images.unsqueeze(1), labels.long()  # (N, 28, 28) -> (N, 1, 28, 28)
 
 
@@ -102,7 +102,7 @@ def _load_with_torchvision(title: str, split: str, data_path: Path) -> Dataset:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{problem}, and can't be downloaded ({reason}); put {title}'s gzipped files there") from None
     unpacked = {path.stem: bytearray(gzip.decompress(path.read_bytes())) for path in files}
-    images, labels = (read_idx(contents, IDX_FILES[name][0]) for name, contents in unpacked.items())
+    images, labels = (read_idx(contents, IDX_FILES[name][0], name) for name, contents in unpacked.items())
     return Dataset(images.unsqueeze(1), labels.long(), tuple(source.classes), labels.long())
 
 

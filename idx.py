@@ -129,9 +129,21 @@ def _keep(fetched: Path, raw: Path) -> None:
         print(f"{raw}: the files can't be kept there and will be fetched again next time ({error})", file=sys.stderr)
 
 
-def read_idx(contents: bytearray, dimensions: tuple[int, ...]) -> torch.Tensor:
-    """The uint8 tensor of these dimensions in an IDX file's verified, decompressed contents, whose memory it shares.
+def read_idx(contents: bytes | bytearray, dimensions: tuple[int, ...], name: str) -> torch.Tensor:
+    """The uint8 tensor in an IDX file's decompressed contents; shares their memory if they are a bytearray.
 
-    The elements follow a magic number and the dimensions, of four bytes each.
+    The format: two zero bytes, the element type (8 = unsigned byte), the number of dimensions, each dimension as a
+    big-endian 32-bit count, the elements. Raises UserError if it is not exactly an array of `dimensions`.
     """
-    return torch.frombuffer(contents, dtype=torch.uint8, offset=4 + 4 * len(dimensions)).view(dimensions)
+    magic = (8 << 8) + len(dimensions)  # 2051 for images, 2049 for labels
+    if len(contents) < 4 + 4 * len(dimensions):
+        raise UserError(f"{name}: {len(contents)} bytes are too few for an IDX header; get the file again")
+    words = [int.from_bytes(contents[i : i + 4], "big") for i in range(0, 4 + 4 * len(dimensions), 4)]
+    if words[0] != magic:
+        raise UserError(f"{name}: the IDX magic number is {words[0]}, expected {magic}; is it another file?")
+    if tuple(words[1:]) != dimensions:
+        raise UserError(f"{name}: the IDX header says {tuple(words[1:])}, expected {dimensions}; is it another file?")
+    elements = torch.frombuffer(contents, dtype=torch.uint8)[4 * len(words) :]
+    if len(elements) != math.prod(dimensions):
+        raise UserError(f"{name}: {len(elements)} elements follow the header, expected {math.prod(dimensions)}; get it again")
+    return elements.view(dimensions)

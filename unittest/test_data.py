@@ -151,5 +151,21 @@ def test_fetched_files_are_verified_and_kept_unpacked(data_path, tmp_path, monke
 HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])
 
 
+@pytest.mark.parametrize(
+    "contents, message",
+    [
+        (b"\0\0\x08", "too few"),
+        (bytes([0, 0, 8, 3]) + HEADER[4:] + b"12345", "magic number is 2051"),
+        (bytes([0, 0, 9, 1]) + HEADER[4:] + b"12345", "magic number is 2305"),
+        (HEADER[:7] + b"\6" + b"12345", r"says \(6,\)"),
+        (HEADER + b"1234", "4 elements"),
+    ],
+    ids=["short", "dimensions", "type", "count", "elements"],
+)
+def test_a_wrong_idx_header_is_refused(contents, message):
+    with pytest.raises(UserError, match=message):
+        idx.read_idx(bytearray(contents), (5,), "labels")
+
+
 def test_an_idx_file_is_read_in_order():
-    assert idx.read_idx(bytearray(HEADER + b"\1\2\3\4\5"), (5,)).tolist() == [1, 2, 3, 4, 5]
+    assert idx.read_idx(bytearray(HEADER + b"\1\2\3\4\5"), (5,), "labels").tolist() == [1, 2, 3, 4, 5]
