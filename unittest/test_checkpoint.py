@@ -74,6 +74,14 @@ def test_an_additional_process_keeps_random_numbers_of_its_own(monkeypatch):
     assert torch.get_rng_state().equal(own)
 
 
+def test_tensors_of_another_device_are_saved_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))  # "meta" can't be copied
+    tensor = torch.empty(2, device="meta")
+    checkpoint.save(tmp_path / "x.pt", {"alone": tensor, "in": [{"side": tensor}]})
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert saved["alone"].device.type == saved["in"][0]["side"].device.type == "cpu"
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
