@@ -100,7 +100,7 @@ def load(path: Path, *kinds: str) -> dict:
         name = path.parent.name
         is_recipe = path.parent.parent == ROOT / "runs" and (ROOT / "recipes" / f"{name}.json").exists()
         settings = f"recipe={name}" if is_recipe else "with the same recipe and out_dir"
-        raise UserError(f"{path}: there is no such file; python {script} {settings} makes it") from None
+        raise UserError(f"{path}: there is no such file; python {script} {settings} makes it, or name another") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); expected a {kind_here}") from None
     except Exception:  # torch.load raises some ten types for files that are truncated, foreign or carry code

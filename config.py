@@ -179,12 +179,7 @@ class ModelFileSettings(RecipeSettings):
 
     @property
     def model_path(self) -> Path:
-        """Raises UserError if there is no such file."""
-        path = resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
-        if not path.exists():
-            advice = "name another" if self.checkpoint else "train.py with the same settings makes it, or name"
-            raise UserError(f"{path}: there is no such file; {advice} checkpoint=")
-        return path
+        return resolve(self.checkpoint) if self.checkpoint else self.out_path / "best_model.pt"
 
 
 class ModelSettings(BaseModel):
