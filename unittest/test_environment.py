@@ -51,11 +51,6 @@ def test_a_folder_whose_name_is_not_unicode_is_locked(tmp_path):
         pass
 
 
-def test_plots_import_under_a_backend_that_is_not_installed():
-    environment = {**os.environ, "MPLBACKEND": "none", "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", "import plots"], env=environment).returncode == 0
-
-
 def test_a_users_matplotlib_settings_do_not_reach_the_pictures(tmp_path):
     drawn = []
     for name, settings in (("plain", {}), ("changed", {"text.usetex": True, "font.size": 40, "axes.facecolor": "red"})):
