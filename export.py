@@ -70,6 +70,7 @@ def describe(model: Classifier, views: int) -> dict[str, str]:
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, ModelFileSettings)
+    print("settings:", settings)
     onnxruntime = import_extra("onnxruntime")
     model = load_model(settings.model_path)
     images = load_data("test", settings.data_path, training_settings(model.metadata, settings)).images[:1000]

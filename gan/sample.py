@@ -55,6 +55,7 @@ def write_images(images: np.ndarray, target: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, SampleSettings)
+    print("settings:", settings)
     out = settings.out_path
     generator = load_generator(out / "generator.pt")[0].to(choose_device(settings.device))
     labels = torch.arange(CLASSES).repeat_interleave(settings.per_class)

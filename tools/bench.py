@@ -160,6 +160,7 @@ def ladder(settings: BenchSettings, folder: str, commands: Commands) -> Iterator
 
 def main(arguments: list[str]) -> None:
     settings = load_settings(arguments, BenchSettings)
+    print("settings:", settings)
     if settings.part == "photos":
         run_folder = settings.out_path if settings.recipe or settings.out_dir else ROOT / "runs" / "photo"
         return photos.measure(run_folder / "best_model.pt", settings.photos)
