@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), n_models)
     print("settings:", settings)
 
-    splits = load_splits(settings, device, settings.folds, settings.runs)
+    splits, epochs_before = load_splits(settings, device, settings.folds, settings.runs), len(run.history)
     with run.locked():
         for number, split in enumerate(splits, 1):
             if run.is_done(number):
@@ -83,7 +83,8 @@ def main(arguments: list[str]) -> None:
     text = f"last: {epoch}"
     if "valid_loss" in best:
         text = f"best: {epoch}, validation loss {best['valid_loss']:.5f}, accuracy {best['valid_accuracy']:.3%}"
-    print(f"{text}; {time.perf_counter() - started:.1f} s; wrote {run.model_path}")
+    verb = "wrote" if len(run.history) > epochs_before else "it is in"
+    print(f"{text}; {time.perf_counter() - started:.1f} s; {verb} {run.model_path}")
     words = settings.model_dump(include={"recipe", "out_dir", "data_dir"}, exclude_defaults=True)
     print("next:", shlex.join(["python", "test.py", *(f"{key}={value}" for key, value in words.items())]))
 
