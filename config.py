@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 ROOT = Path(__file__).resolve().parent
 FASHION_MNIST = "fashion_mnist"  # the data set unless `data` names another
+TITLES = {FASHION_MNIST: "Fashion-MNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # of the data sets that are no folders
 AUGMENTATIONS = {  # name -> (default strength, largest strength, unit)
     "hflip": (0.5, 1, "probability of a horizontal flip"),
     "vflip": (0.5, 1, "probability of a vertical flip"),
@@ -157,7 +158,7 @@ class DataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> "DataSettings":
-        if self.prepare != "photo" and self.data in (FASHION_MNIST, "mnist", "kmnist"):
+        if self.prepare != "photo" and self.data in TITLES:
             raise ValueError(f"prepare={self.prepare}: is for the images of a folder; name data=FOLDER, or leave it out")
         needs_garments = {"scene", "gan"} & parse_augment(getattr(self, "augment", "")).keys()
         if needs_garments and self.data != FASHION_MNIST:

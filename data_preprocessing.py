@@ -18,13 +18,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from config import FASHION_MNIST, UserError, resolve
+from config import FASHION_MNIST, TITLES, UserError, resolve
 from idx import IDX_FILES, fetch_with_torchvision, find_idx, read_idx
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CLOTHES_OR_SHOE = ("clothes", "shoe")  # Task 1's classes
 SHOES = (5, 7, 9)  # fine labels
-TITLES = {FASHION_MNIST: "Fashion-MNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # of the data sets that are no folders
 DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo"}  # of settings that older files lack
 TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 

@@ -64,10 +64,10 @@ def resume_command(arguments: list[str], is_saved: bool) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """While entered, keep other runs out of `folder`; a process that ends, in whatever way, frees it. Raises UserError if a run
-    is in it.
+    """While entered, keep other runs out of `folder`; it is free again when the process ends, in whatever way.
 
-    Where the file system has no locks (some NFS, Lustre, containers), it warns and continues without one.
+    Raises UserError if another run is in it, or if it can't be written. Where the file system has no locks (some NFS, Lustre,
+    containers), it warns and continues without one.
     """
     lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:

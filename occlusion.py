@@ -25,7 +25,7 @@ def occlusion_maps(model: Classifier, views: torch.Tensor, label: int) -> torch.
     is_near = (torch.arange(28) - CENTRES[:, None]).abs() <= REACH  # (7, 28)
     is_covered = is_near[:, None, :, None] & is_near[None, :, None, :]  # (7, 7, 28, 28)
     covered = torch.where(is_covered, background, views[:, None, None])  # (V, 7, 7, 28, 28)
-    # a fifth of a photograph's are alike: covering a part of the background changes nothing
+    # covering background changes nothing: a fifth of a photograph's images are duplicates, computed once
     images, rows = torch.cat([views, covered.flatten(0, 2)]).unique(dim=0, return_inverse=True)  # rows (V + 49 V,)
     precision = choose_precision("auto", next(model.parameters()).device)  # for a picture, bfloat16 does
     parts = images.unsqueeze(1).split(50)  # all at once need a gigabyte

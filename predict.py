@@ -59,10 +59,12 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
 
 
 def predict_photographs(model: Classifier, with_shoe: bool, paths: list[Path], out: Path) -> None:
-    """Print, list in predictions.csv and draw the predictions; with `with_shoe`, also whether it is clothes or a shoe."""
+    """Print, list in predictions.csv and draw the predictions; with `with_shoe`, also whether it is clothes or a shoe.
+
+    Raises SystemExit, with code 2, if no file can be read."""
     files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
     if not files:
-        raise SystemExit(2)  # each has its line on stderr
+        raise SystemExit(2)  # each file has its line on stderr
     views = select_views(model, torch.stack([photograph.views for photograph in photographs]))  # (N, V, 28, 28)
     probabilities, names = classify(model, views), model.metadata["class_names"]
     rows, titles = [], []

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the shared modules, 
 import checkpoint
 import plots
 import predict
-from config import ModelFileSettings, setting
-from data_preprocessing import TITLES, load_test_data, training_settings
+from config import TITLES, ModelFileSettings, setting
+from data_preprocessing import load_test_data, training_settings
 from device import choose_device, move
 from metrics import balanced_accuracy, calibration, confusion_matrix, per_class_scores, wilson_interval
 from model import Classifier, count_parameters, load_model, summarize

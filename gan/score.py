@@ -94,8 +94,8 @@ def main(arguments: list[str]) -> None:
     scores["gan_train"] = accuracy_after_training(Split(mixed, *indices), settings)
     scores["real_train"] = accuracy_after_training(Split(data, train, valid), settings)
 
-    scores |= {"seconds": round(time.perf_counter() - started, 3), "versions": checkpoint.versions()}
-    scores["settings"] = settings.model_dump()
+    scores |= {"versions": checkpoint.versions(), "settings": settings.model_dump()}
+    scores["seconds"] = round(time.perf_counter() - started, 3)
     checkpoint.save_json(out / "scores.json", scores)
     print(f"GAN-test: {scores['gan_test']:.2%} of samples classified as intended ({scores['real_test']:.2%} of real images)")
     print(f"GAN-train: {scores['gan_train']:.2%} after training on samples alone ({scores['real_train']:.2%} on real images)")

@@ -102,7 +102,7 @@ def test_an_interrupt_has_an_exit_code_of_its_own(error, code):
     assert ended.value.code == code
 
 
-def test_a_wrong_setting_ends_a_real_script_with_code_2_and_one_line_whatever_matplotlibs_backend_is(tmp_path):
+def test_a_users_error_ends_a_real_script_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "predict.py"), f"out_dir={tmp_path}"]
     environment = {**os.environ, "DISPLAY": "", "MPLBACKEND": "none"}  # it is not installed: plots.py chooses another
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
