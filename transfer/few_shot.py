@@ -194,8 +194,10 @@ class MeanLearner:
     Each one's logits are scaled to the same standard deviation over the unlabelled images.
     """
 
-    def __init__(self, fisher: FisherLearner, adam: AdamLearner, logistic: LogisticLearner):
-        self.fisher, self.others, self.extract = fisher, (adam, logistic), fisher.extract
+    def __init__(self, fisher: FisherLearner, adam: AdamLearner, logistic: LogisticLearner, unlabelled: torch.Tensor):
+        """`unlabelled`: features `(U, D)`."""
+        self.fisher, self.others, self.unlabelled = fisher, (adam, logistic), unlabelled
+        self.extract = fisher.extract
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.fisher.embed(images), self.extract(images)], 1)  # (N, 2 * D)
@@ -203,10 +205,9 @@ class MeanLearner:
     def fit(self, supports: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As FisherLearner's, from supports `(E, C, K, 2 * D)`."""
         own, features = supports.chunk(2, 3)
-        unlabelled = self.fisher.unlabelled * self.fisher.length + self.fisher.mean  # (U, D), raw but for their length
         all_weights, all_biases = [], []
         for weights, biases in (self.fisher.fit(own), *(learner.fit(features) for learner in self.others)):
-            logits = torch.einsum("ud,ecd->euc", unlabelled, weights) + biases.unsqueeze(1)
+            logits = torch.einsum("ud,ecd->euc", self.unlabelled, weights) + biases.unsqueeze(1)
             spread = (logits - logits.mean(2, keepdim=True)).flatten(1).std(1)  # (E,); 0 if all classes have the same images
             scale = SPREAD / spread.clamp(min=1e-6)
             all_weights.append(weights * scale.view(-1, 1, 1))

@@ -102,7 +102,7 @@ def build_learners(
     if source is PHOTOGRAPHS:
         parts = model.features[0]
         sizes = parts.sizes if isinstance(parts, Concatenation) else [first.in_features]
-        ours = MeanLearner(fisher, adam, LogisticLearner(features, sizes))
+        ours = MeanLearner(fisher, adam, LogisticLearner(features, sizes), features)
     if only_ours:
         return {OURS: ours}
     return {

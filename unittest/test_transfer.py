@@ -188,10 +188,10 @@ def test_features_that_know_no_difference_between_the_classes_have_little_weight
 def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots, train_data):
     fisher, images = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS), train_data[0][: 2 * shots]
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=30, lr=0.01)
-    logistic = few_shot.LogisticLearner(fisher.extract(train_data[0][:300]), [400, 384])
-    features = fisher.unlabelled * fisher.length + fisher.mean
+    features = fisher.extract(train_data[0][:300])
+    logistic = few_shot.LogisticLearner(features, [400, 384])
     margins = []
-    mean = few_shot.MeanLearner(fisher, adam, logistic)
+    mean = few_shot.MeanLearner(fisher, adam, logistic, features)
     inputs = ((mean, mean.embed), (fisher, fisher.embed), (adam, fisher.extract), (logistic, fisher.extract))
     for learner, embed in inputs:
         fisher.generator.manual_seed(0)  # the same distorted copies
@@ -205,7 +205,8 @@ def test_the_mean_learner_gives_its_learners_logits_equal_weight(shots, train_da
 def test_the_same_image_in_both_classes_gives_a_layer_all_the_same(train_data):
     fisher = pixel_learner(train_data[0][:300], few_shot.PHOTOGRAPHS)
     adam = few_shot.AdamLearner(fisher.extract, torch.nn.Linear(784, 2), steps=2, lr=0.01)
-    mean = few_shot.MeanLearner(fisher, adam, few_shot.LogisticLearner(fisher.extract(train_data[0][:300]), [784]))
+    features = fisher.extract(train_data[0][:300])
+    mean = few_shot.MeanLearner(fisher, adam, few_shot.LogisticLearner(features, [784]), features)
     supports = mean.embed(train_data[0][:1]).expand(1, 2, 2, -1)
     assert all(part.isfinite().all() for part in mean.fit(supports))
 
