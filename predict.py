@@ -61,7 +61,8 @@ def answer(probability: torch.Tensor, names: Sequence[str]) -> str:
 def predict_photographs(model: Classifier, with_shoe: bool, paths: list[Path], out: Path) -> None:
     """Print, list in predictions.csv and draw the predictions; with `with_shoe`, also whether it is clothes or a shoe.
 
-    Raises SystemExit, with code 2, if no file can be read."""
+    Raises SystemExit, with code 2, if no file can be read.
+    """
     files, photographs = read_photographs(paths, training_settings(model.metadata)["prepare"])
     if not files:
         raise SystemExit(2)  # each file has its line on stderr

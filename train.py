@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> None:
     run = Run(Trainer, settings, arguments, checkpoint.machine(device, precision), n_models)
     print("settings:", settings)
 
-    splits, epochs_before = load_splits(settings, device, settings.folds, settings.runs), len(run.history)
+    splits = load_splits(settings, device, settings.folds, settings.runs)
+    epochs_before = len(run.history)
     with run.locked():
         for number, split in enumerate(splits, 1):
             if run.is_done(number):
