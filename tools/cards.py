@@ -74,7 +74,7 @@ def card(network: str) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in contents["versions"].items())
     machine = contents.get("machine", {})
     made = versions + (f"; {machine['device']}, {machine['precision']}, threads {machine['threads']}" if machine else "")
-    rows = {"Network": f"{contents.get('architecture', 'generator')}, {parameters:,} parameters", **rows, "Made with": made}
+    rows = {"Network": f"{contents.get('architecture', 'generator')}, {parameters:,} parameters", **rows, "Saved with": made}
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     limits = LIMITS.format(root=root) + (ONE_OF_ITS_CLASSES if kind != "gan" else "")
     limits += BLACK_ONLY if kind in ("classes", "task 1") else ""
