@@ -12,7 +12,7 @@ from scenes import add_scenes
 
 def augment(images: torch.Tensor, fine_labels: torch.Tensor, augmentations: str, generator: torch.Generator) -> torch.Tensor:
     """Images `(N, V, 28, 28)`, uint8 in and out, each of the V views changed at random as `augmentations` says
-    ("hflip:0.5,shift:2")."""
+    ("hflip:0.5,shift:2"). `scene` needs one view, and `fine_labels`, int64 `(N,)`."""
     shape, images = images.shape, images.view(-1, 1, 28, 28)
     for name, strength in parse_augment(augmentations).items():
         if name == "scene":

@@ -24,7 +24,7 @@ from idx import IDX_FILES, fetch_with_torchvision, find_idx, read_idx
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CLOTHES_OR_SHOE = ("clothes", "shoe")  # Task 1's classes
 SHOES = (5, 7, 9)  # fine labels
-DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo"}  # of settings that older files lack
+DEFAULTS = {"data": FASHION_MNIST, "prepare": "photo", "augment": ""}  # of settings that older files lack
 TEST_RATIO = 0.1  # of a folder without test/, kept for testing
 
 
@@ -49,7 +49,7 @@ def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
 
     Raises UserError if the data set is not there, or not as it should be.
     """
-    name, prepare = ({**DEFAULTS, **settings}[key] for key in DEFAULTS)
+    name, prepare = ({**DEFAULTS, **settings}[key] for key in ("data", "prepare"))
     if name not in TITLES:
         return _load_folder(name, split, prepare)
     split = {"train": "train", "test": "t10k"}[split]

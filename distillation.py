@@ -14,7 +14,7 @@ Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def load_teacher(settings: TrainSettings, seed: int, data: Dataset, class_sizes: list[int]) -> Teacher:
-    """A function of augmented images, uint8 `(N, 1, 28, 28)`, and the indices `(N,)` of their originals; it returns the
+    """A function of augmented images, uint8 `(N, V, 28, 28)`, and the indices `(N,)` of their originals; it returns the
     teacher's logits `(N, C)`: of the augmented images for a model, of the originals, in `data`, for soft targets.
 
     Raises UserError if the file is missing or damaged, has other classes, or may have seen this run's validation images,

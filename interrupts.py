@@ -15,7 +15,7 @@ import filelock
 import distributed
 from config import UserError
 
-_received = 0  # the signal that came since `deferred` began
+_received = 0  # the signal that came while `deferred` is entered
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,11 +36,11 @@ def _note(number: int, _: object) -> None:
 def deferred() -> Iterator[None]:
     """While entered, Ctrl-C and SIGTERM only make the next `check` raise; a second one interrupts at once."""
     global _received
-    _received = 0
     before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        _received = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 

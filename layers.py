@@ -110,9 +110,9 @@ class Concatenation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = []
         for network, scale, count in zip(self.networks, self.scales, self.views):
-            some = x[:, :count]
-            rows = network(some.flatten(0, 1).unsqueeze(1))  # (N * V, D)
-            features.append(scale * rows.unflatten(0, some.shape[:2]).mean(1))
+            first_views = x[:, :count]
+            rows = network(first_views.flatten(0, 1).unsqueeze(1))  # (N * V, D)
+            features.append(scale * rows.unflatten(0, first_views.shape[:2]).mean(1))
         return torch.cat(features, 1)
 
 

@@ -62,7 +62,7 @@ def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 1
 def nearest(queries: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of the image nearest to each query, and its distance: root mean square difference in grey levels.
 
-    Both uint8 `(N, 1, 28, 28)`. Distances are those of integers, exact up to the final division and root.
+    Both uint8 `(N, V, 28, 28)`. Distances are those of integers, exact up to the final division and root.
     """
     flat = images.flatten(1).float()  # (N, 784)
     squares = flat.square().sum(1)

@@ -65,7 +65,8 @@ class Classifier(nn.Module):
         self.metadata: dict = {}  # what its file says of it
 
     def set_statistics(self, mean: float, std: float, images: torch.Tensor) -> None:
-        """Set the normalisation, and compute a whitened first layer's filters from uint8 `images` `(N, 1, 28, 28)`."""
+        """Set the normalisation, and compute a whitened first layer's filters from uint8 `images` `(N, V, 28, 28)`, of which
+        it takes the first view."""
         self.mean.fill_(mean)
         self.std.fill_(std)
         if isinstance(self.features[0], WhitenedConv2d):

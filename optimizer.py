@@ -75,7 +75,8 @@ class FusedOptimizer:
 
 
 def build_optimizer(settings: OptimizationSettings, parameters: Iterable[torch.Tensor], beta1: float = 0.9):
-    """The optimizer that `settings` name. Raises UserError if torch.optim's takes no lr and weight_decay."""
+    """The optimizer that `settings` name; `beta1` is for adam and adamw alone. Raises UserError if torch.optim's takes no lr
+    or no weight_decay."""
     name = settings.optimizer
     if name in ("sgd", "adam", "adamw"):
         return FusedOptimizer(name, parameters, settings.lr, settings.weight_decay, beta1)

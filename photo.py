@@ -74,7 +74,7 @@ def prepare(image: Image.Image) -> tuple[list[np.ndarray], str]:
     """The views, uint8 `(28, 28)` each, of an RGB image, and a warning."""
     cut_out = to_fashion_mnist(image)
     if image.size == (28, 28) and cut_out is not None and (cut_out == np.asarray(image.convert("L"))).all():
-        return [cut_out] * 5, ""
+        return [cut_out] * VIEWS, ""
     image = image.copy()
     image.thumbnail((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
     grey, colours = np.asarray(image.convert("L")).astype(np.float32), to_lab(image)

@@ -99,6 +99,8 @@ class Run:
             if best is line:
                 model = trainer.eval_model.state_dict()
                 self.model_file = {"kind": trainer.model_kind, **common, "model": model}
+            if len(self.history) == 1 and distributed.rank() == 0:
+                self.path.unlink(missing_ok=True)  # an earlier training's: a kill must not leave it beside our model
             if best is line or not self.model_path.exists():  # somebody may have removed it
                 checkpoint.save(self.model_path, self.model_file)
             checkpoint.write_history(self.out / "history.jsonl", self.settings.model_dump(), self.history)

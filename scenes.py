@@ -43,7 +43,7 @@ class Random:
     def chance(self, count: int, probability: float) -> torch.Tensor:
         return torch.rand(count, 1, 1, 1, **self.options) < probability
 
-    def some(self, count: int, probability: float) -> torch.Tensor:
+    def sample_indices(self, count: int, probability: float) -> torch.Tensor:
         """Indices of images, each chosen with this probability."""
         return indices(self.chance(count, probability))
 
@@ -121,9 +121,9 @@ def dress_up(layers: torch.Tensor, draw: Random) -> torch.Tensor:
     darkest = draw.uniform(count, 0, 0.6)
     grey = darkest + ((darkest + draw.uniform(count, 0.3, 1)).clamp(max=1) - darkest) * grey
     for probability in (0.15, 0.06):  # twice: checks
-        i = draw.some(count, probability)
+        i = draw.sample_indices(count, probability)
         grey[i] += draw.uniform(len(i), -0.35, 0.35) * draw.stripes(len(i))
-    i = draw.some(count, 0.12)
+    i = draw.sample_indices(count, 0.12)
     x = (right - draw.uniform(len(i), -0.2, 0.2)) / draw.uniform(len(i), 0.1, 0.4)
     y = (down - draw.uniform(len(i), -0.4, 0.3)) / draw.uniform(len(i), 0.1, 0.4)
     grey[i] += (x**2 + y**2 < 1) * (draw.uniform(len(i), -0.5, 0.5) + draw.texture(len(i), 0.3))
@@ -133,16 +133,16 @@ def dress_up(layers: torch.Tensor, draw: Random) -> torch.Tensor:
 def background(count: int, others: torch.Tensor, draw: Random) -> torch.Tensor:
     """Flat, sloping, textured and striped grounds, walls and floors, and parts of other garments (of layers `others`)."""
     ground = draw.uniform(count, 0, 1) + draw.chance(count, 0.5) * draw.uniform(count, 0, 0.2) * draw.ramp(count)
-    i = draw.some(count, 0.5)
+    i = draw.sample_indices(count, 0.5)
     ground[i] += draw.texture(len(i), 0.25)
     for probability in (0.25, 0.1):
-        i = draw.some(count, probability)
+        i = draw.sample_indices(count, probability)
         ground[i] += draw.uniform(len(i), -0.25, 0.25) * draw.stripes(len(i))
     for probability in (0.25, 0.1):
-        i = draw.some(count, probability)
+        i = draw.sample_indices(count, probability)
         side = ((draw.ramp(len(i)) - draw.uniform(len(i), -0.9, 0.9)) * 10).clamp(-0.5, 0.5) + 0.5
         ground[i] = ground[i].lerp(draw.uniform(len(i), 0, 1).expand_as(side), side)
-    i = draw.some(count, 0.12)
+    i = draw.sample_indices(count, 0.12)
     one = torch.ones_like(draw.uniform(len(i), 0, 1))
     angle, right, down = draw.uniform(len(i), -math.pi, math.pi), draw.uniform(len(i), -1, 1), draw.uniform(len(i), -1, 1)
     pose = Pose(draw.uniform(len(i), 0.6, 1.8), angle, right, down, one, 0 * one, one)
@@ -225,10 +225,10 @@ def make_scenes(images: torch.Tensor, fine_labels: torch.Tensor, draw: Random) -
     result[i] *= draw.smooth(len(i), 6) > -0.7
     i = indices(~is_cut_out & draw.chance(count, STAND_OUT))
     result[i] = stand_out(result[i]).clamp(0, 1)
-    i = draw.some(count, 0.3)
+    i = draw.sample_indices(count, 0.3)
     blurred = F.avg_pool2d(F.pad(result[i], (1, 1, 1, 1), mode="replicate"), 3, 1)
     result[i] = result[i].lerp(blurred, draw.uniform(len(i), 0, 1).expand_as(blurred))
-    i = draw.some(count, 0.4)
+    i = draw.sample_indices(count, 0.4)
     result[i] += draw.uniform(len(i), 0, 0.04) * draw.normal(len(i), 28)
     return (result.clamp(0, 1) * 255).round().to(torch.uint8)
 

@@ -40,7 +40,7 @@ def load_for_photographs(settings: ModelFileSettings) -> tuple[Classifier, bool]
 
 
 def reads_scenes(model: Classifier) -> bool:
-    return "scene" in parse_augment(training_settings(model.metadata).get("augment", ""))
+    return "scene" in parse_augment(training_settings(model.metadata)["augment"])
 
 
 def reads_all_views(model: Classifier) -> bool:
@@ -62,7 +62,7 @@ def classify(model: Classifier, views: torch.Tensor) -> torch.Tensor:
     """Probabilities `(N, C)` of photographs with views, uint8 `(N, V, 28, 28)`: the mean of the views' softened probabilities,
     sharpened again, and weighed by ODDS if the model was trained on scenes. Of equal views, they are a single one's: an image
     of the data set is no photograph."""
-    if reads_all_views(model):
+    if reads_all_views(model) or "shots" in training_settings(model.metadata):  # Task 2's last layer reads mean features
         logits = infer(model, views).unsqueeze(1)  # (N, 1, C)
     else:
         logits = infer(model, views.flatten(0, 1).unsqueeze(1)).unflatten(0, views.shape[:2])  # (N, V, C)

@@ -67,24 +67,24 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"limit={settings.limit}: leaves fewer than two images of some class to compare with; raise it")
     sample_labels = torch.arange(len(train)) % CLASSES
     samples = draw(generator.to(device), sample_labels, settings.seed, settings.noise_std).cpu()
-    few, few_labels = samples[:count], sample_labels[:count]
+    subset, subset_labels = samples[:count], sample_labels[:count]
 
     scores: dict = {"n": count, "classifier": settings.classifier}
     # GAN-test: is a sample classified as its class?
-    scores["gan_test"] = loss_and_accuracy(infer(classifier, few), few_labels)[1]
+    scores["gan_test"] = loss_and_accuracy(infer(classifier, subset), subset_labels)[1]
     scores["real_test"] = loss_and_accuracy(infer(classifier, images[valid]), labels[valid])[1]
     # variety within each class, relative to real images
     real, real_labels = images[train[:count]], labels[train[:count]]
     scores["variety"] = {
-        name: mean_distance(few[few_labels == label]) / mean_distance(real[real_labels == label])
+        name: mean_distance(subset[subset_labels == label]) / mean_distance(real[real_labels == label])
         for label, name in enumerate(CLASS_NAMES)
     }
     # copies of training images
-    matches, distances = nearest(few[:COMPARED], images[train])
+    matches, distances = nearest(subset[:COMPARED], images[train])
     valid_distances = nearest(images[valid[:COMPARED]], images[train])[1]
     scores["nearest_distance"] = {"generated": distances.median().item(), "validation": valid_distances.median().item()}
-    pairs = torch.stack([few[:PAIRS], images[train[matches[:PAIRS]]]], 1).flatten(0, 2)  # (P, 2, 1, 28, 28) -> (2P, 28, 28)
-    titles = [title for label, far in zip(few_labels, distances[:PAIRS]) for title in (CLASS_NAMES[label], f"{far:.0f}")]
+    pairs = torch.stack([subset[:PAIRS], images[train[matches[:PAIRS]]]], 1).flatten(0, 2)  # (P, 2, 1, 28, 28) -> (2P, 28, 28)
+    titles = [title for label, far in zip(subset_labels, distances[:PAIRS]) for title in (CLASS_NAMES[label], f"{far:.0f}")]
     heading = "Generated, and the nearest training image with its distance (root mean square, in grey levels)"
     plots.draw_sheet(pairs.numpy(), titles, 10, heading, out / "plots" / "nearest.png")
     # GAN-train: what does a classifier learn from samples alone?

@@ -119,8 +119,8 @@ def copy_images(settings: Settings, folder: str) -> None:
 
 def over_seeds(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
     """Train with seeds 0 to repeats-1: the best epoch's loss and accuracy or, if the part reads them, test images'."""
-    if settings.part == "valid" and not settings.valid_ratio:
-        raise UserError("part=valid: needs validation images; use a valid_ratio above 0")
+    if settings.part in ("train", "valid") and not settings.valid_ratio:
+        raise UserError(f"part={settings.part}: needs validation images; use a valid_ratio above 0")
     for seed in range(settings.repeats):
         seconds = run(*commands["train.py"], f"seed={seed}")
         if settings.part in ("accuracy", "ladder"):
@@ -164,8 +164,9 @@ def main(arguments: list[str]) -> None:
     if settings.part == "photos":
         run_folder = settings.out_path if settings.recipe or settings.out_dir else ROOT / "runs" / "photo"
         return photos.measure(run_folder / "best_model.pt", settings.photos)
-    if settings.part == "ladder" and settings.recipe:
-        raise UserError(f"recipe={settings.recipe}: part=ladder measures {', '.join(RUNGS)}; use part=accuracy, or no recipe")
+    measured = {"ladder": ", ".join(RUNGS), "train": "Task 1"}.get(settings.part)
+    if measured and settings.recipe:
+        raise UserError(f"recipe={settings.recipe}: part={settings.part} measures {measured}; use part=accuracy, or no recipe")
     for key in {"seed", "out_dir"} & settings.model_fields_set:
         raise UserError(f"{key}={getattr(settings, key)}: seeds are 0 to repeats-1, each in a folder of its own; leave it out")
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats")]

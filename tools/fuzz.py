@@ -132,7 +132,7 @@ def checkpoints(folder: Path) -> Trials:
         Malicious(eval, code),
         Malicious(exec, code),
         Malicious(subprocess.check_call, ["touch", str(mark)]),
-        Malicious(getattr(torch.serialization, "load", torch.load), str(mark)),
+        Malicious(torch.load, str(mark)),
     ]
     malicious = [contents for payload in payloads for contents in (pickle.dumps(payload), saved({"kind": payload}))]
     train.main(["limit=500", "epochs=1", f"out_dir={out}"])

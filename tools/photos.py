@@ -57,33 +57,36 @@ def print_table(name: str, is_right: np.ndarray, confidence: np.ndarray, groups:
 def measure(path: Path, folder: str) -> None:
     """Print the tables of the model in `path` and draw its most confident mistakes in plots/photos.png.
 
-    Raises UserError if there is no photograph or no model."""
+    Raises UserError if there is no photograph, no model, or one without the ten classes."""
     root, model_name = resolve(folder), path.parent.name
     names = [path.name for path in sorted(root.glob("*")) if accepted_labels(path.name) or path.name in CLOTHES_ONLY]
-    paths = [path for name in names for path in sorted((root / name).iterdir())]
+    paths = [path for name in names for path in sorted((root / name).iterdir()) if not path.name.startswith(".")]
+    task_1, ten = load_model(ROOT / "best_model.pt"), load_model(path)
+    if tuple(ten.metadata["class_names"]) != CLASS_NAMES:
+        raise UserError(f"{path}: has not Fashion-MNIST's ten classes; name another recipe or out_dir")
     files, photographs = read_photographs(paths)
     if not files:
         raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
     views = torch.stack([photograph.views for photograph in photographs])
-    refused, backgrounds = len(paths) - len(files), read_backgrounds(root)
+    refused, backgrounds = [path for path in paths if path not in files], read_backgrounds(root)
     ground = np.array([backgrounds.get(path, "") for path in files])
     groups = {name: ground == name for name in ("plain", "busy", "worn")}
     is_warned = np.array([bool(photograph.warning) for photograph in photographs])
     groups |= {"without a warning": ~is_warned, "with a warning": is_warned}
     accepted = [accepted_labels(path.parent.name) for path in files]
 
-    task_1, ten = load_model(ROOT / "best_model.pt"), load_model(path)
     by_task_1, by_ten = (classify(model, select_views(model, views)) for model in (task_1, ten))
     is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
     for name, probabilities in (("Task 1", by_task_1), (model_name, clothes_or_shoe(by_ten))):
         confidence, predicted = probabilities.max(1)
-        print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
+        print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, len(refused))
     probability, predicted = by_ten.max(1)
     counts = np.array([bool(labels) for labels in accepted])
     is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
     groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}
     groups = {name: members[counts] for name, members in groups.items()}
-    print_table(f"{model_name}, ten classes", is_right[counts], probability[counts].numpy(), groups, refused)
+    unread = sum(bool(accepted_labels(path.parent.name)) for path in refused)
+    print_table(f"{model_name}, ten classes", is_right[counts], probability[counts].numpy(), groups, unread)
     mistakes = sorted(np.flatnonzero(counts & ~is_right), key=lambda i: -probability[i])[:60]
     squares = [np.asarray(Image.fromarray(photographs[i].picture).resize((112, 112))) for i in mistakes]
     titles = [f"{files[i].parent.name}, predicted\n{CLASS_NAMES[predicted[i]]} {probability[i]:.0%}" for i in mistakes]

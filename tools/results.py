@@ -59,9 +59,9 @@ def row(recipe: str, root: Path = ROOT) -> str | None:
         f"{runs * full_epochs:.4g}",
         f"{minutes:.1f}",
         f"**{100 * accuracy:.2f}{spread} %** (n={len(seeds)})",
-        f"{reference:.2%}" if reference else "" if recipe in OURS else "not reported",
+        f"{100 * reference:.2f} %" if reference else "" if recipe in OURS else "not reported",
     )
-    return f"| {' | '.join(cells)} |".replace("%", " %").replace("  %", " %")
+    return f"| {' | '.join(cells)} |"
 
 
 def table(root: Path = ROOT) -> str:

@@ -45,17 +45,20 @@ class TransferSettings(Settings):
 
 def beside_photo(model: Classifier) -> Classifier:
     """Task 1's model, which knows garments on black only, with its features beside those of the recipe `photo`, for
-    photographs of new classes. Another model is returned as it is. Raises UserError if `photo`'s is missing."""
+    photographs of new classes. Another model, also one with another activation than ReLU, is returned as it is.
+    Raises UserError if `photo`'s is missing."""
     metadata = model.metadata
-    if metadata["architecture"] != "cnn" or training_settings(metadata)["data"] != FASHION_MNIST:
+    is_like_task_1 = (metadata["architecture"], metadata["activation"]) == ("cnn", "relu")
+    if not is_like_task_1 or training_settings(metadata)["data"] != FASHION_MNIST:
         return model
     path = resolve("runs/photo/best_model.pt")
-    both = build_model("cnn_photo", 1, activation=metadata["activation"])  # its last layer is to be learned
-    both.set_statistics(model.mean.item(), model.std.item(), torch.zeros(0))
+    combined = build_model("cnn_photo", 1)  # its last layer is to be learned
+    combined.set_statistics(model.mean.item(), model.std.item(), torch.zeros(0))
     for number, source in enumerate((model, load_model(path))):
-        checkpoint.load_parameters(both.get_submodule(f"features.0.networks.{number}"), source.features.state_dict(), path)
-    both.metadata = {**metadata, "architecture": "cnn_photo"}
-    return both
+        network = combined.get_submodule(f"features.0.networks.{number}")
+        checkpoint.load_parameters(network, source.features.state_dict(), path)
+    combined.metadata = {**metadata, "architecture": "cnn_photo"}
+    return combined
 
 
 def extract(model: Classifier, images: torch.Tensor) -> torch.Tensor:

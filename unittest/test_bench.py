@@ -35,7 +35,9 @@ def test_the_ladder_measures_recipes_beside_ordinary_training(monkeypatch, capsy
     ("part", "word", "message"),
     [
         ("ladder", "recipe=fast", "recipe=fast: part=ladder measures"),
-        ("valid", "valid_ratio=0", "needs validation images"),
+        ("train", "recipe=fast", "recipe=fast: part=train measures Task 1"),
+        ("train", "valid_ratio=0", "part=train: needs validation images"),
+        ("valid", "valid_ratio=0", "part=valid: needs validation images"),
         ("valid", "seed=3", "seed=3: seeds are 0 to repeats-1"),
     ],
 )

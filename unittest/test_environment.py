@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -88,6 +89,13 @@ def test_a_file_that_stays_in_use_is_an_error_in_one_line(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"file: can't be written \(Permission denied\)"):
         checkpoint.write_atomically(tmp_path / "file", b"new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_only_the_run_that_it_came_to():
+    with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupts.check()
+    interrupts.check()
 
 
 def test_the_resume_command_is_quoted_for_the_system(monkeypatch):

@@ -35,12 +35,18 @@ def folder(tmp_path, train_data):
 
 def test_known_images_are_classified_and_counted(folder, monkeypatch, capsys):
     monkeypatch.setattr(photos.plots, "draw_sheet", lambda *_: None)
-    (folder / "shoes" / "broken.png").write_text("no image")
+    for name in ("shoes/broken.png", "skirt/broken.png", "trouser/.hidden"):
+        (folder / name).write_text("no image")
     bench.main(["part=photos", "recipe=resnet14", f"photos={folder}"])
     printed = capsys.readouterr()
-    assert "Task 1, clothes or shoe: all 96.8% (n=31)" in printed.out  # 30 of 31: the broken one counts as wrong
+    assert "Task 1, clothes or shoe: all 93.8% (n=32)" in printed.out  # 30 of 32: the broken ones count as wrong
     assert "resnet14, ten classes: all 95.2% (n=21)" in printed.out and "trouser 100.0% (n=10)" in printed.out  # no skirts
     assert printed.err.startswith(f"{folder / 'shoes' / 'broken.png'}: ")
+
+
+def test_a_model_without_the_ten_classes_is_an_error(folder):
+    with pytest.raises(UserError, match="has not Fashion-MNIST's ten classes"):
+        bench.main(["part=photos", "out_dir=transfer", f"photos={folder}"])
 
 
 def test_a_folder_without_photographs_is_an_error(tmp_path):

@@ -187,6 +187,23 @@ def test_an_interrupt_in_the_first_epoch_leaves_an_old_checkpoint_and_does_not_p
         assert (tmp_path / name).read_bytes() == (uninterrupted[1] / name).read_bytes()
 
 
+def test_a_kill_between_the_first_saves_leaves_no_older_checkpoint_to_resume(uninterrupted, tmp_path, monkeypatch):
+    for name in ("checkpoint.pt", "best_model.pt"):
+        shutil.copyfile(uninterrupted[1] / name, tmp_path / name)
+    save = checkpoint.save
+
+    def dying(path, contents):
+        if path.name == "checkpoint.pt":
+            raise RuntimeError("as good as killed: nothing runs after it")
+        save(path, contents)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(checkpoint, "save", dying)
+        run(tmp_path, "seed=1")
+    with pytest.raises(UserError, match="there is no such file"):
+        run(tmp_path, "resume=true")
+
+
 def test_a_second_signal_does_not_wait_for_the_end_of_the_batch(tmp_path, monkeypatch):
     def signalling(*_):
         os.kill(os.getpid(), signal.SIGINT)
