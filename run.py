@@ -41,6 +41,9 @@ class Run:
             if not self.model_path.exists():
                 raise UserError(f"{self.model_path}: is missing, and checkpoint.pt has no best epoch; train without resume")
             self.model_file = checkpoint.load(self.model_path, trainer_type.model_kind)
+            best = self.model_file.get("best")
+            if best and best not in self.history and (best.get("run", 1), best["epoch"]) == (1, 1):  # killed while saving it
+                raise UserError(f"{self.model_path}: is of a later training than checkpoint.pt; train without resume")
             if self.is_done(count):
                 print(f"{self.path}: this run ended with epoch {self.history[-1]['epoch']}; there is nothing to resume")
         elif self.path.exists():
@@ -99,8 +102,6 @@ class Run:
             if best is line:
                 model = trainer.eval_model.state_dict()
                 self.model_file = {"kind": trainer.model_kind, **common, "model": model}
-            if len(self.history) == 1 and distributed.rank() == 0:
-                self.path.unlink(missing_ok=True)  # an earlier training's: a kill must not leave it beside our model
             if best is line or not self.model_path.exists():  # somebody may have removed it
                 checkpoint.save(self.model_path, self.model_file)
             checkpoint.write_history(self.out / "history.jsonl", self.settings.model_dump(), self.history)
