@@ -119,8 +119,6 @@ def copy_images(settings: Settings, folder: str) -> None:
 
 def over_seeds(settings: BenchSettings, folder: str, commands: Commands) -> Iterator[Row]:
     """Train with seeds 0 to repeats-1: the best epoch's loss and accuracy or, if the part reads them, test images'."""
-    if settings.part in ("train", "valid") and not settings.valid_ratio:
-        raise UserError(f"part={settings.part}: needs validation images; use a valid_ratio above 0")
     for seed in range(settings.repeats):
         seconds = run(*commands["train.py"], f"seed={seed}")
         if settings.part in ("accuracy", "ladder"):
@@ -167,6 +165,8 @@ def main(arguments: list[str]) -> None:
     measured = {"ladder": ", ".join(RUNGS), "train": "Task 1"}.get(settings.part)
     if measured and settings.recipe:
         raise UserError(f"recipe={settings.recipe}: part={settings.part} measures {measured}; use part=accuracy, or no recipe")
+    if settings.part in ("train", "valid") and not settings.valid_ratio:
+        raise UserError(f"part={settings.part}: needs validation images; use a valid_ratio above 0")
     for key in {"seed", "out_dir"} & settings.model_fields_set:
         raise UserError(f"{key}={getattr(settings, key)}: seeds are 0 to repeats-1, each in a folder of its own; leave it out")
     words = [word for word in arguments if word.partition("=")[0] not in ("part", "repeats")]

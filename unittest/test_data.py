@@ -1,6 +1,7 @@
 """Data: formats, splits, statistics, sources, damaged files."""
 
 import gzip
+import hashlib
 
 import pytest
 import torch
@@ -125,27 +126,28 @@ def test_no_data_and_no_route_to_it_is_one_clear_error(tmp_path, monkeypatch):
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"data_dir=FOLDER.*ubyte\.gz: can't be read.*no network"):
-        data.load_images("train", tmp_path)
+        data.load_splits(TrainSettings(data_dir=str(tmp_path)), torch.device("cpu"))
     assert (raw / "train-images-idx3-ubyte.gz").read_bytes() == b"damaged"
 
 
-def test_fetched_files_are_verified_and_kept_unpacked(data_path, tmp_path, monkeypatch):
+def test_fetched_files_are_verified_and_kept_unpacked(tmp_path, monkeypatch):
     def fetch(folder):
         for name in IDX_FILES:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx.find_idx(name, data_path), 1))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
         return folder
 
+    contents = {name: ((100,), hashlib.sha256(name.encode()).hexdigest()) for name in IDX_FILES}  # each file has its name
+    monkeypatch.setattr(idx, "IDX_FILES", contents)
     monkeypatch.setattr(idx, "DEBIAN_FOLDER", tmp_path)
-    real_find = idx.find_idx("t10k-images-idx3-ubyte", data_path)
     raw = tmp_path / "new" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "t10k-images-idx3-ubyte").write_bytes(b"damaged")
     with monkeypatch.context() as patch:
         patch.setattr(idx, "fetch_with_torchvision", lambda folder: (_ for _ in ()).throw(OSError("no network")))
         patch.setattr(idx, "_fetch_with_apt", fetch)
-        assert idx.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == real_find
+        assert idx.find_idx("t10k-images-idx3-ubyte", tmp_path / "new") == b"t10k-images-idx3-ubyte"
     assert {path.name for path in raw.iterdir()} == {*IDX_FILES, "t10k-images-idx3-ubyte.damaged"}
-    assert (raw / "train-labels-idx1-ubyte").read_bytes() == idx.find_idx("train-labels-idx1-ubyte", data_path)
+    assert (raw / "train-labels-idx1-ubyte").read_bytes() == b"train-labels-idx1-ubyte"
 
 
 HEADER = bytes([0, 0, 8, 1, 0, 0, 0, 5])

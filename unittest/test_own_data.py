@@ -26,7 +26,7 @@ from model import load_model
 from script import load_settings
 from tools import soft_targets
 from trainer import infer
-from transfer import last_layer, train_eval
+from transfer import last_layer, shoe_images, train_eval
 from views import select_views
 
 
@@ -52,7 +52,9 @@ def out(digits, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("plots.draw_curves", lambda *_: None)
-        words = ["recipe=compact_cnn_plus", "epochs=8", "batch_size=32", "augment=shift:1", "class_weights=balanced"]
+        patch.setattr(test_script, "draw_pictures", lambda *_: None)
+        patch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+        words = ["recipe=compact_cnn_plus", "epochs=5", "batch_size=32", "augment=shift:1", "class_weights=balanced"]
         train.main([*words, f"data={digits}", "prepare=resize", f"out_dir={out}"])
         test_script.main([f"out_dir={out}"])
     return out
@@ -228,11 +230,13 @@ def test_a_test_image_is_one_of_the_models_data_set(out, capsys):
         predict.main([f"out_dir={out}", "index=40"])
 
 
-def test_another_data_set_of_the_same_classes_can_be_tested_on(out, digits, tmp_path):
-    shutil.copytree(digits / "train", tmp_path / "moved" / "train")
-    test_script.main([f"checkpoint={out / 'best_model.pt'}", f"data={tmp_path / 'moved'}", f"out_dir={tmp_path}"])
-    moved, first = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, out))
-    assert moved["mistakes"] == first["mistakes"] and moved["loss"] == first["loss"]
+def test_another_data_set_of_the_same_classes_can_be_tested_on(out, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(test_script, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+    for part in ("train", "test"):
+        shutil.copytree(digits / "train", tmp_path / "others" / part)
+    test_script.main([f"checkpoint={out / 'best_model.pt'}", f"data={tmp_path / 'others'}", f"out_dir={tmp_path}"])
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 400  # of `digits`, 40
 
 
 def test_soft_targets_are_of_the_models_training_images(out, tmp_path, digits):
@@ -259,12 +263,17 @@ def test_task_2_freezes_the_model_and_reads_images_as_it_does(out, digits, few, 
         train_eval.main(words)
     train_eval.main([*words, f"shoes_dir={few}"])
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["accuracy_mean"] > 0.9
+    model = load_model(tmp_path / "out" / "best_model.pt")
+    assert model.metadata["settings"]["prepare"] == "resize"
+    for source in (model, load_model(out / "best_model.pt")):
+        assert shoe_images.read_part(few / "test", source).images.equal(load(few, "test").images)
     predict.main([f"out_dir={tmp_path / 'out'}", str(few / "test" / "1")])
     assert (tmp_path / "out" / "predictions.csv").read_text().count(".png,1,") == 5
 
 
 def test_a_folder_is_explored(digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("plots.draw_sheet", lambda *_: None)
+    for name in ("draw_sheet", "draw_classes"):
+        monkeypatch.setattr(f"plots.{name}", lambda *_: None)
     explore.main([f"data={digits}", "prepare=resize", f"out_dir={tmp_path}"])
     lines = capsys.readouterr().out.splitlines()
     assert "copies within the 360 training images: 0" in lines and ["9", "32", "4", "4"] in [line.split() for line in lines]

@@ -54,7 +54,7 @@ def test_the_given_fraction_become_scenes(train_data):
     assert (scenes != images).flatten(1).any(1).tolist() == [False] * 700 + [True] * 300
 
 
-@pytest.mark.parametrize("label", range(10))
+@pytest.mark.parametrize("label", [0, 1, 7, 8])  # a top, trousers, a shoe, a bag
 def test_a_batch_may_have_one_image(label, train_data, draw):
     for _ in range(30):  # some of which have a pair, a wearer, nothing
         assert make_scenes(train_data[0][:1], torch.tensor([label]), draw).shape == (1, 1, 28, 28)

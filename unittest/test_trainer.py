@@ -235,6 +235,14 @@ def test_the_losses_of_an_epochs_images_are_recorded(dataset):
     assert trainer.sampler.losses[::2].mean().item() == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_imagenet_weights_are_loaded_if_the_settings_say_so(pretrained, dataset, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("trainer.load_imagenet_weights", loaded.append)
+    build_trainer(dataset, architecture="resnet18", pretrained=pretrained)
+    assert len(loaded) == pretrained
+
+
 def test_without_extras_there_is_no_ema_sampler_or_auxiliary_head(dataset):
     trainer = build_trainer(dataset)
     assert (trainer.ema, trainer.sampler, trainer.criterion.aux_head, trainer.criterion.teacher) == (None,) * 4

@@ -3,16 +3,16 @@
 import contextlib
 import io
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 
 import optuna
 import pytest
+import torch
 
-from config import ROOT, TrainSettings, UserError, parse_augment
+from config import TrainSettings, UserError, parse_augment
 from script import load_settings
 from tools import tune
 
@@ -88,25 +88,32 @@ def test_a_foreign_file_of_trials_is_refused_in_one_line(contents, tmp_path):
 
 
 def test_workers_share_a_folder_also_with_one_that_is_killed(tmp_path):
-    code = "import time; from tools import tune; {}; tune.run_script(tune.main)"
-
     def words(trials: int) -> list[str]:
-        return [*SHORT, f"out_dir={tmp_path}", f"trials={trials}"]
+        return [*SHORT, "device=cpu", f"out_dir={tmp_path}", f"trials={trials}"]
 
-    def start(trials: int, patch: str = "pass") -> subprocess.Popen:
-        command = [sys.executable, "-c", code.format(patch), *words(trials)]
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def work(trials: int, hangs: bool) -> None:
+        torch.set_num_threads(1)  # a forked process has none of its parent's
+        if hangs:
+            tune.Trainer = lambda *_: time.sleep(600)
+        tune.main(words(trials))
+
+    def start(trials: int, hangs: bool = False) -> BaseProcess:
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(trials, hangs))
+        worker.start()
+        return worker
 
     def states() -> list[str]:
         path = tmp_path / "trials.log"
         return [trial.state.name for trial in tune.open_study(path, "fast").get_trials()] if path.exists() else []
 
-    workers = [start(100, "tune.Trainer = lambda *_: time.sleep(600)"), start(6)]  # the first one's trial never ends
+    workers = [start(100, hangs=True), start(6)]
     while not states():
-        assert workers[0].poll() is None
+        assert workers[0].is_alive()
         time.sleep(0.2)
     tune.main(words(6))
     workers[0].kill()
-    assert [worker.wait() for worker in workers] == [-signal.SIGKILL, 0]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0]
     tune.main(words(9))
     assert states().count("RUNNING") == 1 and sum(state in ("COMPLETE", "PRUNED") for state in states()) == 9
