@@ -49,7 +49,8 @@ def load_data(split: str, data_path: Path, settings: Mapping) -> Dataset:
 
     Raises UserError if the data set is not there, or not as it should be.
     """
-    name, prepare = ({**DEFAULTS, **settings}[key] for key in ("data", "prepare"))
+    settings = {**DEFAULTS, **settings}
+    name, prepare = settings["data"], settings["prepare"]
     if name not in TITLES:
         return _load_folder(name, split, prepare)
     split = {"train": "train", "test": "t10k"}[split]

@@ -88,9 +88,7 @@ def predict_photographs(model: Classifier, with_shoe: bool, paths: list[Path], o
     for page, first in enumerate(tqdm(firsts, "pictures", disable=None if len(firsts) > 1 else True, leave=False), 1):
         part = slice(first, first + plots.MAX_PREDICTIONS)
         originals, labels = [photograph.picture for photograph in photographs[part]], probabilities[part].argmax(1).tolist()
-        maps = [
-            occlusion_maps(model, photo_views, label).numpy() for photo_views, label in zip(views[part], labels)
-        ]  # (V, 28, 28) each
+        maps = [occlusion_maps(model, sample, label).numpy() for sample, label in zip(views[part], labels)]  # (V, 28, 28) each
         inputs, chances, unknown = list(views[part].numpy()), probabilities[part].numpy(), [None] * len(maps)
         path = out / "plots" / ("prediction.png" if page == 1 else f"prediction_{page}.png")
         plots.draw_predictions(originals, inputs, maps, titles[part], chances, names, unknown, path)

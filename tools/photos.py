@@ -68,7 +68,7 @@ def measure(path: Path, folder: str) -> None:
     if not files:
         raise UserError(f"{root}: has no photographs in folders named as Fashion-MNIST's classes")
     views = torch.stack([photograph.views for photograph in photographs])
-    refused, backgrounds = [path for path in paths if path not in files], read_backgrounds(root)
+    refused, backgrounds = len(paths) - len(files), read_backgrounds(root)
     ground = np.array([backgrounds.get(path, "") for path in files])
     groups = {name: ground == name for name in ("plain", "busy", "worn")}
     is_warned = np.array([bool(photograph.warning) for photograph in photographs])
@@ -79,14 +79,14 @@ def measure(path: Path, folder: str) -> None:
     is_shoe = torch.tensor([labels <= set(SHOES) and bool(labels) for labels in accepted]).long()
     for name, probabilities in (("Task 1", by_task_1), (model_name, clothes_or_shoe(by_ten))):
         confidence, predicted = probabilities.max(1)
-        print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, len(refused))
+        print_table(f"{name}, clothes or shoe", (predicted == is_shoe).numpy(), confidence.numpy(), groups, refused)
     probability, predicted = by_ten.max(1)
     counts = np.array([bool(labels) for labels in accepted])
     is_right = np.array([label in labels for label, labels in zip(predicted.tolist(), accepted)])
     groups |= {name: np.array([path.parent.name == name for path in files]) for name in names}
     groups = {name: members[counts] for name, members in groups.items()}
-    unread = sum(bool(accepted_labels(path.parent.name)) for path in refused)
-    print_table(f"{model_name}, ten classes", is_right[counts], probability[counts].numpy(), groups, unread)
+    refused = sum(bool(accepted_labels(path.parent.name)) for path in paths) - counts.sum()
+    print_table(f"{model_name}, ten classes", is_right[counts], probability[counts].numpy(), groups, refused)
     mistakes = sorted(np.flatnonzero(counts & ~is_right), key=lambda i: -probability[i])[:60]
     squares = [np.asarray(Image.fromarray(photographs[i].picture).resize((112, 112))) for i in mistakes]
     titles = [f"{files[i].parent.name}, predicted\n{CLASS_NAMES[predicted[i]]} {probability[i]:.0%}" for i in mistakes]

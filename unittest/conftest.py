@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import data_preprocessing
+import test as test_script
 from config import Settings
 from data_preprocessing import CLASS_NAMES, Dataset, load_images
 from model import build_model
@@ -29,6 +30,28 @@ def train_data(data_path):
 @pytest.fixture(scope="session")
 def dataset(train_data):
     return Dataset(*train_data, CLASS_NAMES, train_data[1])
+
+
+@pytest.fixture(scope="session")
+def read_training_images(train_data):
+    """A function after which scripts read the first `count` training images as either split: no test evaluates test images."""
+
+    def read(patch, count):
+        images = train_data[0][:count], train_data[1][:count]
+        patch.setattr(data_preprocessing, "load_images", lambda *_: images)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def draw_nothing():
+    """A function after which test.py draws nothing: drawing is most of its work."""
+
+    def draw(patch):
+        patch.setattr(test_script, "draw_pictures", lambda *_: None)
+        patch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+
+    return draw
 
 
 @pytest.fixture(scope="session")

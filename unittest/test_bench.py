@@ -2,7 +2,6 @@
 
 import pytest
 
-import data_preprocessing
 import test as test_script
 import train
 from config import UserError
@@ -15,11 +14,10 @@ def run_here(script, *words):
     return 1.0
 
 
-def test_the_ladder_measures_recipes_beside_ordinary_training(monkeypatch, capsys, train_data):
+def test_the_ladder_measures_recipes_beside_ordinary_training(read_training_images, draw_nothing, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:400], train_data[1][:400]))
-    monkeypatch.setattr(test_script, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+    read_training_images(monkeypatch, 400)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr(bench, "run", run_here)
     monkeypatch.setattr(bench, "RUNGS", {"fast": 1})
     monkeypatch.setattr(bench, "ordinary_epochs", lambda folder, seed, name: [(9.0, 0.5, 0.8)])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import data_preprocessing
 import explore
 from data_preprocessing import as_task
 
@@ -14,8 +13,8 @@ def test_copies_are_counted_beyond_the_first(train_data):
 
 
 @pytest.fixture
-def few_images(monkeypatch, train_data):
-    monkeypatch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:1_000], train_data[1][:1_000]))
+def few_images(read_training_images, monkeypatch):
+    read_training_images(monkeypatch, 1_000)
 
 
 @pytest.mark.parametrize(("output_dim", "valid_ratio"), [(2, 0.2), (10, 0)])

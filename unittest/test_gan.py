@@ -220,13 +220,7 @@ def build_trainer(uninterrupted):
     """A function that makes a trainer whose training set has generated images."""
 
     def build(*words):
-        common = [
-            "limit=300",
-            "batch_size=50",
-            "valid_ratio=0.01",
-            "augment=gan",
-            f"generator={uninterrupted[1] / 'generator.pt'}",
-        ]
+        common = ["limit=300", *SHORT[1:], "augment=gan", f"generator={uninterrupted[1] / 'generator.pt'}"]
         settings = load_settings([*common, *words], TrainSettings)
         split = add_generated(load_splits(settings, torch.device("cpu"))[0], settings)
         return Trainer(settings, settings.seed, split, torch.float32)

@@ -47,13 +47,12 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(digits, tmp_path_factory):
+def out(digits, draw_nothing, tmp_path_factory):
     """The folder of a training on the digits, and of its test."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("plots.draw_curves", lambda *_: None)
-        patch.setattr(test_script, "draw_pictures", lambda *_: None)
-        patch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+        draw_nothing(patch)
         words = ["recipe=compact_cnn_plus", "epochs=5", "batch_size=32", "augment=shift:1", "class_weights=balanced"]
         train.main([*words, f"data={digits}", "prepare=resize", f"out_dir={out}"])
         test_script.main([f"out_dir={out}"])
@@ -230,9 +229,8 @@ def test_a_test_image_is_one_of_the_models_data_set(out, capsys):
         predict.main([f"out_dir={out}", "index=40"])
 
 
-def test_another_data_set_of_the_same_classes_can_be_tested_on(out, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_script, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+def test_another_data_set_of_the_same_classes_can_be_tested_on(out, digits, draw_nothing, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     for part in ("train", "test"):
         shutil.copytree(digits / "train", tmp_path / "others" / part)
     test_script.main([f"checkpoint={out / 'best_model.pt'}", f"data={tmp_path / 'others'}", f"out_dir={tmp_path}"])

@@ -365,9 +365,8 @@ def test_without_a_recipe_there_are_two_answers(folder, capsys, monkeypatch):
 
 
 @pytest.fixture
-def training_images(monkeypatch, train_data):
-    """test.py and predict.py read training images in place of the test images, which no test may evaluate."""
-    monkeypatch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:500], train_data[1][:500]))
+def training_images(read_training_images, monkeypatch):
+    read_training_images(monkeypatch, 500)
 
 
 def test_predict_takes_a_test_image_by_its_number(out, training_images, train_data, capsys):
@@ -410,12 +409,11 @@ def test_test_writes_scores_that_agree_with_themselves(out, training_images, tra
 
 
 @pytest.fixture(scope="module")
-def losses(out, train_data):
+def losses(out, train_data, draw_nothing):
     """Loss of images and of their horizontal flips, with and without test-time augmentation."""
     losses = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_script, "draw_pictures", lambda *_: None)
-        patch.setattr(test_script.predict, "predict_test_image", lambda *_: None)
+        draw_nothing(patch)
         for tta in ("none", "hflip"):
             for side, images in (("left", train_data[0][:100]), ("right", train_data[0][:100].flip(-1))):
                 patch.setattr(data_preprocessing, "load_images", lambda *_, images=images: (images, train_data[1][:100]))

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import checkpoint
-import data_preprocessing
 import train
 import trainer
 from augmentation import FUNCTIONS
@@ -560,10 +559,10 @@ def test_with_all_weight_on_the_teacher_the_labels_have_no_effect(uninterrupted,
 
 
 @pytest.fixture
-def targets(uninterrupted, train_data, monkeypatch):
+def targets(uninterrupted, read_training_images, monkeypatch):
     """The contents of soft_targets.pt, of the first 50 images only."""
     with monkeypatch.context() as patch:
-        patch.setattr(data_preprocessing, "load_images", lambda *_: (train_data[0][:50], train_data[1][:50]))
+        read_training_images(patch, 50)
         soft_targets.main([f"out_dir={uninterrupted[1]}", "precision=float32"])
     return checkpoint.load(uninterrupted[1] / "soft_targets.pt", "soft_targets")
 
