@@ -20,7 +20,7 @@ from script import check_no_settings, run_script
 REFERENCES = {"compact_cnn": 0.9033, "resnet8": 0.9038, "resnet18": 0.8952}  # test accuracy, as reported
 FAITHFUL = ("mlp", "deep_cnn", "deep_cnn_dropout", "compact_cnn", "resnet8", "resnet18")
 OURS = (
-    "fast", "fast93", "fast94", "micro", "resnet8_alone", "resnet14", "tiny_best",
+    "fast", "fast93", "fast94", "fast95", "micro", "resnet8_alone", "resnet14", "tiny_best",
     "separable20", "resnet20", "resnet20_wide", "resnet20_wider", "photo",
 )  # fmt: skip
 RECIPES = (*(recipe for name in FAITHFUL for recipe in (name, f"{name}_plus")), *OURS)
